@@ -1,0 +1,43 @@
+# Each target sets up .venv by itself when it is missing, stale, or was made for another folder.
+
+PYTHON ?= python3
+PROMPT = a red apple, flat fluent style
+# One thread per process: two spin on each other as soon as anything else runs on the machine.
+TEST_THREADS ?= 1
+
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+# The caption reaches the command as data: taken unexpanded by make, passed through the environment to the shell.
+override DALLE_PROMPT := $(value PROMPT)
+export DALLE_PROMPT
+unexport PROMPT
+
+.PHONY: draw test check bench clean FORCE
+
+draw: $(STAMP)
+	$(VENV)/bin/dalle generate --out out -- "$$DALLE_PROMPT"
+
+test: $(STAMP)
+	OMP_NUM_THREADS=$(TEST_THREADS) $(PY) -m pytest tests -q
+
+check: $(STAMP)
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	$(MAKE) test
+	OMP_NUM_THREADS=$(TEST_THREADS) $(PY) -m pytest tests -q -m long
+
+# The stamp holds the folder that the editable install points at.
+ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
+$(STAMP): FORCE
+endif
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@printf '%s\n' '$(CURDIR)' > $(STAMP)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find dalle tests docs -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,377 @@
+"""The `dalle` command: parse, call, print. What a command does lives in the package; see `dalle COMMAND --help`."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="dalle",
+    help="Train, draw with and look into a text-to-image model of your own.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Look over and build data sets.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Model = Annotated[str | None, typer.Option("--model", help="Model folder or Hub id; the bundled model if left out.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or cuda:N; the first GPU if there is one.")]
+
+
+def main() -> None:
+    """Run the command line: a user's mistake is one line on stderr and exit code 2, a full disk or the like 1."""
+    from dalle.training.loop import Stopped
+
+    try:
+        app(standalone_mode=False)
+    except (typer.Exit, typer.Abort) as stop:
+        sys.exit(getattr(stop, "exit_code", 130))
+    except Stopped as stop:
+        print(f"dalle: {stop}", file=sys.stderr)
+        sys.exit(128 + stop.signal_number)
+    except KeyboardInterrupt:
+        print("dalle: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except ValueError as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        sys.exit(1)
+    except Exception as error:
+        # typer's own usage errors (unknown option, missing argument) know how to show themselves
+        if hasattr(error, "show") and hasattr(error, "exit_code"):
+            error.show()
+            sys.exit(error.exit_code)
+        raise
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _log_to_stderr(quiet: bool = False) -> None:
+    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "httpx2", "httpcore", "huggingface_hub", "filelock", "PIL", "fontTools"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _device(name: str | None) -> Any:
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device {name!r} is unknown: use cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r}: this machine has no CUDA GPU that torch can use: pass --device cpu")
+    return device
+
+
+def _dtype(name: str, device: Any) -> Any:
+    import torch
+
+    from dalle.pipeline import default_dtype
+
+    dtypes = {"auto": default_dtype(device), "float32": torch.float32, "bfloat16": torch.bfloat16}
+    if name not in dtypes:
+        raise ValueError(f"dtype {name!r} is unknown: use {', '.join(dtypes)}")
+    return dtypes[name]
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, ensure_ascii=True))
+
+
+@app.command()
+def generate(
+    captions: Annotated[list[str], typer.Argument(metavar="CAPTION...", help="What to draw.")],
+    model: Model = None,
+    n: Annotated[int, typer.Option("-n", help="Pictures a caption.")] = 4,
+    candidates: Annotated[int | None, typer.Option(help="Drawn a caption before ranking; needs a CLIP.")] = None,
+    seed: Annotated[int, typer.Option(help="Picture i uses seed + i; -1 takes a random one.")] = 0,
+    temperature: Annotated[float | None, typer.Option(help="0 draws the likeliest token.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw among the k likeliest tokens; 0: all.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw among the likeliest tokens that make up p.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="1: none; larger follows the caption more closely.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Complete this picture; with --keep-rows.")] = None,
+    keep_rows: Annotated[int | None, typer.Option(help="Token rows kept from the top of --image.")] = None,
+    truncate: Annotated[bool, typer.Option(help="Cut captions that are too long, and say so.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    out: Annotated[Path, typer.Option(help="Folder for the PNGs.")] = Path("out"),
+    grid: Annotated[bool, typer.Option(help="Also write grid.png.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Draw pictures from captions: 000_SEED.png ... (best first where they were ranked) and grid.png."""
+    _log_to_stderr(quiet=True)
+    from dalle import images
+    from dalle.pipeline import DallePipeline
+
+    place = _device(device)
+    pipe = DallePipeline.from_pretrained(model, dtype=dtype, device=place)
+    picture = images.open_image(image) if image is not None else None
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: is a file; give a folder")
+    with _rows_bar("drawing", as_json) as progress:
+        result = pipe(
+            captions,
+            num_images_per_prompt=n,
+            num_candidates=candidates,
+            seed=None if seed == -1 else seed,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            guidance=guidance,
+            image=picture,
+            keep_rows=keep_rows,
+            truncate=truncate,
+            progress=progress,
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for rank, (drawn, recipe) in enumerate(zip(result.images, result.recipes, strict=True)):
+        path = out / f"{rank:03d}_{result.seeds[rank]}.png"
+        images.save_png(drawn, path, recipe)
+        score = result.scores[rank] if result.scores else None
+        rows.append(
+            {
+                "path": str(path),
+                "caption": result.captions[rank],
+                "seed": result.seeds[rank],
+                "score": score,
+                "rank": rank,
+            }
+        )
+    grid_path = None
+    if grid and result.images:
+        grid_path = out / "grid.png"
+        images.save_png(images.grid(list(result.images)), grid_path, None)
+    if as_json:
+        _print_json({"images": rows, "grid": None if grid_path is None else str(grid_path)})
+        return
+    for row in rows:
+        print(f"{row['path']}  {row['caption']}")
+    if grid_path:
+        print(grid_path)
+
+
+class _rows_bar:
+    """A progress bar on stderr for `progress(done, total)` callbacks; silent with --json."""
+
+    def __init__(self, name: str, silent: bool) -> None:
+        self.name, self.silent = name, silent
+
+    def __enter__(self) -> Any:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        self._bar = Progress(console=Console(stderr=True), disable=self.silent or not sys.stderr.isatty())
+        self._bar.start()
+        task = self._bar.add_task(self.name, total=None)
+        return lambda done, total: self._bar.update(task, completed=done, total=total)
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+
+@app.command()
+def train(
+    data: Annotated[str, typer.Argument(help="Folder, table, tar shards, COCO captions or Hub data set id.")],
+    out: Annotated[Path, typer.Option(help="Model folder; the same command resumes.")],
+    preset: Annotated[str, typer.Option(help="tiny, laptop, gpu, paper, or a .toml file.")] = "laptop",
+    stages: Annotated[str, typer.Option(help="all, or a comma list of tokenizer, dvae, transformer.")] = "all",
+    init_from: Annotated[
+        str | None, typer.Option(help="Start from these components: a model folder, or `bundled`.")
+    ] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="K=V", help="Override a setting.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    quiet: Annotated[bool, typer.Option(help="No progress.")] = False,
+) -> None:
+    """Train every stage: tokenizer, dVAE, picture tokens, transformer. Stop it at any time; run it again to go on."""
+    _log_to_stderr(quiet)
+    from dalle.config import load_preset, override, validate
+    from dalle.pipeline import bundled_folder
+    from dalle.training.recipe import Recipe
+    from dalle.training.train import STAGES
+    from dalle.training.train import train as run
+
+    recipe = validate(Recipe, override(load_preset(preset), settings or []), preset)
+    chosen = STAGES if stages == "all" else tuple(part.strip() for part in stages.split(","))
+    start = bundled_folder() if init_from == "bundled" else Path(init_from) if init_from else None
+    place = _device(device)
+    folder = run(
+        data,
+        out,
+        recipe,
+        init_from=start,
+        stages=chosen,
+        device=place,
+        dtype=_dtype(dtype, place),
+        quiet=quiet,
+    )
+    print(folder)
+
+
+@app.command()
+def encode(
+    data: Annotated[str, typer.Argument(help="Any data set that `dalle train` reads.")],
+    out: Annotated[Path, typer.Option(help="Folder for the token shards.")],
+    model: Model = None,
+    crop: Annotated[str, typer.Option(help="center, or paper (Listing 2).")] = "center",
+    seed: Annotated[int, typer.Option(help="Of the paper's random crop.")] = 0,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Encode pictures to tokens once; the same command goes on where it stopped."""
+    _log_to_stderr(as_json)
+    from dalle.data.pairs import read_pairs
+    from dalle.data.tokens import encode_pairs
+    from dalle.pipeline import DallePipeline
+
+    if crop not in ("center", "paper"):
+        raise ValueError(f"--crop {crop!r} is unknown: use center or paper")
+    pairs = read_pairs(data)
+    pairs.require_mostly_good()
+    dvae = DallePipeline.from_pretrained(model).dvae.to(_device(device))
+    with _rows_bar("encoding", as_json) as progress:
+        store = encode_pairs(pairs, dvae, out, crop=crop, seed=seed, progress=progress)  # type: ignore[arg-type]
+    summary = {"folder": str(store.folder), "pictures": int(store.valid.sum()), "bad": int((~store.valid).sum())}
+    if as_json:
+        _print_json(summary)
+    else:
+        print(f"{summary['folder']}: {summary['pictures']} pictures, {summary['bad']} bad")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Model folder, Hub id, or `bundled`.")],
+    data: Annotated[str, typer.Argument(help="Any data set that `dalle train` reads.")],
+    out: Annotated[Path, typer.Option(help="Folder for evaluation.json and the sheets.")] = Path("evaluation"),
+    splits: Annotated[str | None, typer.Option(help="Comma list; all that are not train if left out.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most this many pictures a split, spread evenly.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a model on held-out pictures: figures to evaluation.json, sheets to PNG."""
+    _log_to_stderr(as_json)
+    from dalle.data.pairs import read_pairs
+    from dalle.evaluation.report import evaluate as run
+    from dalle.pipeline import DallePipeline
+
+    pairs = read_pairs(data)
+    pairs.require_mostly_good()
+    pipe = DallePipeline.from_pretrained(None if model == "bundled" else model, device=_device(device))
+    chosen = tuple(part.strip() for part in splits.split(",")) if splits else None
+    with _rows_bar("evaluating", as_json) as progress:
+        figures = run(pipe, pairs, out, splits=chosen, limit=limit, seed=seed, progress=progress)
+    if as_json:
+        _print_json(figures)
+    else:
+        print(json.dumps(figures, indent=2))
+        print(out)
+
+
+@app.command()
+def rerun(
+    image: Annotated[Path, typer.Argument(help="A PNG that `dalle generate` wrote.")],
+    model: Model = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write the new picture.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw a picture again from the recipe inside it, and say whether every token came out the same."""
+    _log_to_stderr(quiet=True)
+    from dalle import images
+    from dalle.pipeline import DallePipeline
+
+    recipe = images.read_recipe(image)
+    pipe = DallePipeline.from_pretrained(model)
+    drawn, agrees = pipe.rerun(recipe)
+    path = out or image.with_name(f"{image.stem}_rerun.png")
+    images.save_png(drawn, path, recipe)
+    if as_json:
+        _print_json({"path": str(path), "agrees": agrees})
+    else:
+        print(f"{path}: {'the same tokens' if agrees else 'other tokens than the recipe records'}")
+    if not agrees:
+        raise typer.Exit(3)
+
+
+@app.command(name="import")
+def import_checkpoint(
+    kind: Annotated[str, typer.Argument(help="openai-dvae")],
+    files: Annotated[list[Path], typer.Argument(help="For openai-dvae: encoder.pkl decoder.pkl")],
+    out: Annotated[Path, typer.Option(help="Model folder to write.")],
+    allow_pickle: Annotated[bool, typer.Option(help="Read a pickle, through a restricted class list.")] = False,
+) -> None:
+    """Turn other people's checkpoints into a model folder."""
+    _log_to_stderr()
+    from dalle.importers.openai_dvae import import_openai_dvae
+
+    if kind != "openai-dvae":
+        raise ValueError(f"import kind {kind!r} is unknown: use openai-dvae")
+    if len(files) != 2:
+        raise ValueError(f"openai-dvae takes two files, encoder.pkl and decoder.pkl; got {len(files)}")
+    if not allow_pickle:
+        raise ValueError(
+            "these files are pickles: pass --allow-pickle to read their tensors through a restricted class list "
+            "(no code in them is run)"
+        )
+    import_openai_dvae(files[0], files[1], out)
+    print(out)
+
+
+@data_app.command()
+def inspect(
+    data: Annotated[str, typer.Argument(help="Any data set that `dalle train` reads.")],
+    as_json: Json = False,
+) -> None:
+    """Print counts, picture sizes, caption lengths and problems."""
+    _log_to_stderr(as_json)
+    from dalle.data.inspect import inspect as look
+    from dalle.data.pairs import read_pairs
+
+    found = look(read_pairs(data))
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        print("\n".join(found.lines()))
+
+
+@data_app.command()
+def emoji(
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    size: Annotated[int, typer.Option(help="Picture side in pixels.")] = 128,
+    add: Annotated[
+        list[str] | None,
+        typer.Option(help="Further sets: openmoji, openmoji-black, emojione-v1 (share-alike), symbola."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Build the open art set from npm packages: emoji in 12 styles with captions, splits and licences."""
+    _log_to_stderr(as_json)
+    from dalle.data.art.emoji import build_emoji_set
+
+    summary = build_emoji_set(out, size=size, extra=tuple(add or ()), progress=None if as_json else _say)
+    if as_json:
+        _print_json(summary)
+    else:
+        print(out)
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""The engine: a batch's captions are read once, then its pictures are drawn token by token, all rows together.
+
+Source: DALL·E §2.6; completion by forcing known tokens, blog and §3.3; guidance by a second set of rows (Ho & Salimans 2022).
+Shapes: B captions, T text tokens, R pictures (rows), N = G * G image tokens, K image tokens in the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dalle.generation.options import GenerationOptions
+from dalle.generation.sampling import MAX_SEED, combine_guidance, sample, uniforms
+from dalle.transformer import Transformer
+
+ROWS_PER_BATCH = 64  # pictures drawn side by side; guidance doubles the rows that the transformer sees
+
+# (row of the grid just finished, tokens (R, G, G) so far with -1 where nothing is drawn yet) -> True stops the run
+RowCallback = Callable[[int, Tensor], bool | None]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows drawn together: each caption of `captions` has the same number of them, and `rows` counts over the call."""
+
+    captions: range
+    rows: range
+
+
+def plan_batches(n_captions: int, n_per_caption: int, rows_per_batch: int = ROWS_PER_BATCH) -> list[Batch]:
+    """Splits a call into batches of at most `rows_per_batch` rows: whole captions, or parts of one caption's rows."""
+    if rows_per_batch < 1:
+        raise ValueError(f"rows_per_batch is {rows_per_batch}; it must be at least 1")
+    if n_per_caption > rows_per_batch:
+        batches = []
+        for caption in range(n_captions):
+            end = (caption + 1) * n_per_caption
+            for start in range(caption * n_per_caption, end, rows_per_batch):
+                batches.append(
+                    Batch(range(caption, caption + 1), range(start, min(start + rows_per_batch, end)))
+                )
+        return batches
+    step = rows_per_batch // n_per_caption
+    return [
+        Batch(range(start, end), range(start * n_per_caption, end * n_per_caption))
+        for start in range(0, n_captions, step)
+        for end in [min(start + step, n_captions)]
+    ]
+
+
+class Engine:
+    """Draws image tokens with one transformer; holds nothing else, so one engine serves any number of calls."""
+
+    def __init__(self, transformer: Transformer) -> None:
+        self.transformer = transformer
+
+    # no_grad, not inference_mode: tensors that the model caches during a call must stay usable in training.
+    @torch.no_grad()
+    def generate(
+        self,
+        text: Tensor,
+        seeds: Sequence[int],
+        options: GenerationOptions | None = None,
+        *,
+        known: Tensor | None = None,
+        on_row_end: RowCallback | None = None,
+        rows_per_batch: int = ROWS_PER_BATCH,
+    ) -> Tensor:
+        """Draws len(seeds) / B pictures for each of B captions; a picture's tokens depend on its caption and seed alone.
+
+        Args:
+            text: (B, T) int64, padded caption tokens.
+            seeds: one for each picture, those of the first caption first.
+            options: the paper's sampling when None.
+            known: (N,) int64, tokens that every picture must have, -1 where they are to be drawn.
+            on_row_end: called after each finished grid row of a batch; returning True ends the run.
+            rows_per_batch: the most pictures drawn side by side.
+
+        Returns:
+            (R, G, G) int64 on the transformer's device; -1 where a stopped run did not draw.
+
+        Raises:
+            ValueError: shapes, ids or seeds that the transformer cannot take.
+            FloatingPointError: the transformer's logits hold NaN.
+        """
+        options = GenerationOptions() if options is None else options
+        self._check(text, seeds, known)
+        grid, n_tokens = self.transformer.config.grid_size, self.transformer.config.grid_size**2
+        text = text.to(next(self.transformer.parameters()).device)
+        tokens = torch.full((len(seeds), n_tokens), -1, dtype=torch.int64, device=text.device)  # (R, N)
+        forced = [-1] * n_tokens if known is None else [int(token) for token in known.tolist()]
+
+        def finish_row(row: int) -> bool:
+            return on_row_end is not None and bool(on_row_end(row, tokens.clone().view(-1, grid, grid)))
+
+        for batch in plan_batches(len(text), len(seeds) // len(text), rows_per_batch):
+            rows = slice(batch.rows.start, batch.rows.stop)
+            noise = torch.stack([uniforms(seeds[row], n_tokens) for row in batch.rows])  # (rows, N)
+            if text.device.type != "mps":  # no float64 there: sampling moves one column at a time
+                noise = noise.to(text.device)
+            captions = text[batch.captions.start : batch.captions.stop]
+            if self._draw_(tokens[rows], captions, noise, forced, options, finish_row):
+                break
+        return tokens.view(-1, grid, grid)  # (R, G, G)
+
+    def _draw_(
+        self,
+        tokens: Tensor,
+        text: Tensor,
+        noise: Tensor,
+        forced: Sequence[int],
+        options: GenerationOptions,
+        finish_row: Callable[[int], bool],
+    ) -> bool:
+        """Fills `tokens` (rows, N) in place; True when `finish_row` asked to stop."""
+        grid = self.transformer.config.grid_size
+        is_guided = options.guidance != 1
+        if is_guided:
+            text = torch.cat([text, self.null_caption().to(text.device).expand_as(text)])  # (2B, T)
+        first, cache = self.transformer.prefill(text)
+        n_repeats = len(tokens) * (2 if is_guided else 1) // len(text)
+        cache = cache.repeat(n_repeats)
+        logits = first.repeat_interleave(n_repeats, dim=0)  # (rows or 2 rows, K)
+        is_nan = torch.zeros((), dtype=torch.bool, device=tokens.device)
+        for position, token in enumerate(forced):
+            if token >= 0:
+                tokens[:, position] = token
+            else:
+                if is_guided:
+                    conditional, unconditional = logits.float().chunk(2)
+                    logits = combine_guidance(conditional, unconditional, options.guidance)
+                is_nan |= logits.isnan().any()
+                tokens[:, position] = sample(logits, noise[:, position], options)
+            if (position + 1) % grid == 0:
+                row = position // grid
+                if is_nan.item():  # looked at once a row: reading it makes a GPU wait
+                    raise FloatingPointError(
+                        f"the transformer's logits are NaN in row {row}: load it in float32, or check its weights"
+                    )
+                if finish_row(row):
+                    return True
+            if position + 1 < len(forced):
+                drawn = tokens[:, position]
+                logits = self.transformer.step(drawn.repeat(2) if is_guided else drawn.clone(), cache)
+        return False
+
+    def null_caption(self) -> Tensor:
+        """The empty caption, (1, T) int64: the pad token of every position."""
+        config = self.transformer.config
+        return (config.n_text_vocab + torch.arange(config.n_text_tokens))[None]
+
+    def _check(self, text: Tensor, seeds: Sequence[int], known: Tensor | None) -> None:
+        config = self.transformer.config
+        if text.ndim != 2 or text.shape[0] == 0 or text.shape[1] != config.n_text_tokens:
+            raise ValueError(
+                f"text has shape {tuple(text.shape)}; the transformer reads (captions, {config.n_text_tokens}): pad captions to that"
+            )
+        n_ids = config.n_text_vocab + config.n_text_tokens
+        if int(text.min()) < 0 or int(text.max()) >= n_ids:
+            raise ValueError(
+                f"text holds ids {int(text.min())}..{int(text.max())}; the transformer knows 0..{n_ids - 1}: use its own tokenizer"
+            )
+        if not seeds or len(seeds) % len(text):
+            raise ValueError(
+                f"{len(seeds)} seeds for {len(text)} captions; give the same number, at least 1, to each caption"
+            )
+        if min(seeds) < 0 or max(seeds) > MAX_SEED:
+            raise ValueError(
+                f"seeds are {min(seeds)}..{max(seeds)}; allowed are 0..{MAX_SEED}: choose smaller ones"
+            )
+        if known is None:
+            return
+        if tuple(known.shape) != (config.grid_size**2,):
+            raise ValueError(
+                f"known has shape {tuple(known.shape)}; it must be ({config.grid_size**2},), one entry a token"
+            )
+        if int(known.min()) < -1 or int(known.max()) >= config.n_image_vocab:
+            raise ValueError(
+                f"known holds {int(known.min())}..{int(known.max())}; allowed are 0..{config.n_image_vocab - 1}, and -1 to draw"
+            )

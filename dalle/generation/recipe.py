@@ -1,0 +1,116 @@
+"""Recipe: everything needed to draw a picture again, as it is stored in the picture's PNG.
+
+Drawing again means sampling again under the recorded batch plan; the tokens themselves are recorded only as a hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from dalle.config import Config
+from dalle.generation.engine import ROWS_PER_BATCH, Batch
+from dalle.generation.options import GenerationOptions
+from dalle.generation.sampling import MAX_SEED
+
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+
+
+class BatchPlan(Config):
+    """The pictures drawn side by side with this one: their count decides how the matrix products round."""
+
+    captions: Annotated[tuple[str, ...], Field(min_length=1, max_length=1024)]
+    seeds: Annotated[
+        tuple[Seed, ...], Field(min_length=1, max_length=1024)
+    ]  # those of the first caption first
+    position: Annotated[int, Field(ge=0)]  # of this picture among `seeds`
+    rows_per_batch: Annotated[int, Field(ge=1)] = ROWS_PER_BATCH  # the call's limit
+
+
+class Completion(Config):
+    """What was kept of a given picture."""
+
+    keep_rows: Annotated[int, Field(ge=1)]  # grid rows from the top
+    known: tuple[Annotated[int, Field(ge=-1)], ...]  # (N,) tokens that were forced, -1 where drawn
+
+
+class Truncation(Config):
+    """A caption that was cut, as the call allowed."""
+
+    n_tokens: int  # of the whole caption
+    n_kept: int
+
+
+class Versions(Config):
+    """Software that drew the picture."""
+
+    dalle: str
+    torch: str
+    python: str
+
+
+class Recipe(Config):
+    """How one picture was drawn; `caption` and `seed` are this picture's, and the batch plan holds its neighbours' too."""
+
+    format: Literal[1] = 1
+    caption: str
+    seed: Seed
+    index: Annotated[int, Field(ge=0)]  # of the picture in its call, before any ranking
+    options: GenerationOptions
+    batch: BatchPlan
+    completion: Completion | None = None
+    truncate: bool = False  # the call allowed captions to be cut
+    truncation: Truncation | None = None  # this caption was
+    dtype: str  # of the transformer's weights: float32 or bfloat16
+    device: str  # type of device: cpu, cuda, ...
+    threads: Annotated[int, Field(ge=1, le=1024)]  # of one operation on the CPU
+    versions: Versions
+    model: str  # folder name or Hub id, for people; the hash decides
+    model_sha256: str  # of the model folder's manifest.json
+    tokens_sha256: str
+    score: float | None = None  # by CLIP, where one ranked the picture
+    rank: int | None = None  # 0 is best
+
+
+def tokens_sha256(tokens: Tensor) -> str:
+    """The hash by which two drawings are compared: over the tokens (G, G) in raster order as little-endian int32."""
+    return hashlib.sha256(tokens.detach().cpu().numpy().astype("<i4").tobytes()).hexdigest()
+
+
+def batch_plans(
+    plan: list[Batch], captions: Sequence[str], seeds: Sequence[int], rows_per_batch: int
+) -> list[BatchPlan]:
+    """The batch plan of every row of a call, in order."""
+    return [
+        BatchPlan(
+            captions=tuple(captions[i] for i in batch.captions),
+            seeds=tuple(seeds[i] for i in batch.rows),
+            position=row - batch.rows.start,
+            rows_per_batch=rows_per_batch,
+        )
+        for batch in plan
+        for row in batch.rows
+    ]
+
+
+def place_in_batch(recipe: Recipe) -> tuple[BatchPlan, bool]:
+    """The batch to draw again, with this picture's caption and seed in its place, and whether the recipe agrees with itself.
+
+    Raises:
+        ValueError: the batch plan is impossible.
+    """
+    batch = recipe.batch
+    if len(batch.seeds) % len(batch.captions) or batch.position >= len(batch.seeds):
+        raise ValueError(
+            f"recipe has {len(batch.seeds)} seeds for {len(batch.captions)} captions and position {batch.position};"
+            " it was changed by hand: take the one stored in the picture"
+        )
+    caption = batch.position * len(batch.captions) // len(batch.seeds)
+    is_consistent = batch.captions[caption] == recipe.caption and batch.seeds[batch.position] == recipe.seed
+    captions, seeds = list(batch.captions), list(batch.seeds)
+    captions[caption], seeds[batch.position] = recipe.caption, recipe.seed
+    return batch.model_copy(update={"captions": tuple(captions), "seeds": tuple(seeds)}), is_consistent

@@ -1,0 +1,1 @@
+"""Other people's checkpoints become model folders of ours: one file for each kind."""

@@ -1,0 +1,539 @@
+"""DallePipeline: tokenizer, dVAE and transformer as one object that turns captions into pictures.
+
+Source: DALL·E §2 (the two stages) and §2.6 (sampling); the shape of the interface is that of `diffusers`.
+Shapes: B captions, R pictures (rows), G grid side, N = G * G image tokens.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import logging
+import platform
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from dalle import __version__
+from dalle.config import validate
+from dalle.dvae import DiscreteVAE
+from dalle.generation.engine import ROWS_PER_BATCH, Engine, plan_batches
+from dalle.generation.options import GenerationOptions
+from dalle.generation.recipe import (
+    Completion,
+    Recipe,
+    Truncation,
+    Versions,
+    batch_plans,
+    place_in_batch,
+    tokens_sha256,
+)
+from dalle.generation.request import count_images, count_seeds, is_count, read_captions, read_options
+from dalle.images import center_crop, to_images, to_tensor
+from dalle.tokenizer import Tokenizer
+from dalle.transformer import Transformer
+from dalle.weights import (
+    atomic_folder,
+    file_sha256,
+    read_json,
+    verify_manifest,
+    write_bytes,
+    write_json,
+    write_manifest,
+)
+
+logger = logging.getLogger(__name__)
+
+COMPONENTS = {"tokenizer": "Tokenizer", "dvae": "DiscreteVAE", "transformer": "Transformer"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DECODE_BATCH = (
+    16  # pictures that the dVAE decodes at once: its full-resolution activations are what fills memory
+)
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_FILES = ["*.json", "README.md", "tokenizer/*", "dvae/*", "transformer/*", "clip/*", "judge/*"]
+
+RowCallback = Callable[["DallePipeline", int, Tensor], bool | None]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """Pictures of one call, best first where they were ranked; every field has one entry for each picture."""
+
+    images: tuple[Image.Image, ...]  # RGB; empty with output_type="tokens"
+    scores: tuple[float, ...] | None  # by CLIP; None without one
+    seeds: tuple[int, ...]
+    tokens: Tensor  # (R, G, G) int64 on the CPU
+    captions: tuple[str, ...]
+    recipes: tuple[dict[str, object], ...]  # JSON-ready; what `rerun` takes
+    is_stopped: bool = False  # the callback ended the run: only finished pictures are here
+
+
+class DallePipeline:
+    """Draws pictures from captions.
+
+    Raises:
+        ValueError: the components do not fit together.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        dvae: DiscreteVAE,
+        transformer: Transformer,
+        defaults: GenerationOptions | None = None,
+    ) -> None:
+        check_fit(tokenizer, dvae, transformer)
+        self.tokenizer = tokenizer
+        self.dvae = dvae
+        self.transformer = transformer
+        self.defaults = GenerationOptions() if defaults is None else defaults
+        self.name = "unsaved"  # folder or Hub id, for people
+        self._folder: Path | None = None  # where it was loaded from
+        self._model_sha256: str | None = None
+        self._has_auto_dtype = False
+
+    # ---- load, save, place ------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path | None = None,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "cpu",
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> DallePipeline:
+        """Loads a model folder, a Hugging Face Hub id, or, with None, the model that ships in the package.
+
+        Args:
+            source: an existing folder wins over a Hub id of the same name.
+            dtype: of the transformer: "float32", "bfloat16", or "auto" for what `default_dtype` says of the device.
+            device: where to put the model.
+            revision: branch, tag or commit on the Hub.
+            cache_dir: of the Hub; HF_HOME and HF_HUB_OFFLINE are honoured.
+
+        Raises:
+            ValueError: nothing there, a file missing or changed, or components that do not fit together.
+        """
+        folder = _resolve(source, revision, cache_dir)
+        if not (folder / "model_index.json").is_file():
+            raise ValueError(
+                f"{folder} has no model_index.json: it is not a model folder, or its training has not finished"
+            )
+        verify_manifest(folder)
+        defaults = _read_index(folder / "model_index.json")
+        pipe = cls(
+            Tokenizer.from_pretrained(folder / "tokenizer"),
+            DiscreteVAE.from_pretrained(folder / "dvae").eval(),
+            Transformer.from_pretrained(folder / "transformer").eval(),
+            defaults,
+        )
+        pipe.name = "bundled" if source is None else str(source)
+        pipe._folder, pipe._model_sha256 = folder, file_sha256(folder / "manifest.json")
+        pipe._has_auto_dtype = dtype == "auto"
+        return pipe.to(device, None if dtype == "auto" else dtype)
+
+    def to(self, device: str | torch.device, dtype: str | torch.dtype | None = None) -> DallePipeline:
+        """Moves the models; with `dtype` also casts the transformer, and a pipeline loaded as "auto" follows the device."""
+        device = torch.device(device)
+        if dtype is not None:
+            self._has_auto_dtype = False
+        elif self._has_auto_dtype:
+            dtype = default_dtype(device)
+        self.transformer.to(device, None if dtype is None else _as_dtype(dtype))
+        # The dVAE stays in float32: it costs little, and a kept picture's tokens must not depend on the dtype.
+        self.dvae.to(device)
+        return self
+
+    @property
+    def components(self) -> dict[str, Tokenizer | nn.Module]:
+        """The parts by name, as the constructor takes them."""
+        return {"tokenizer": self.tokenizer, "dvae": self.dvae, "transformer": self.transformer}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer is."""
+        return next(self.transformer.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the transformer computes in."""
+        return next(self.transformer.parameters()).dtype
+
+    @property
+    def model_sha256(self) -> str:
+        """The sha256 of the model folder's manifest.json; of a model never saved, what saving it now would give."""
+        if self._model_sha256 is None:
+            with tempfile.TemporaryDirectory() as folder:
+                self._write(Path(folder))
+                self._model_sha256 = file_sha256(Path(folder) / "manifest.json")
+        return self._model_sha256
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes a model folder, weights in the dtype they are held in.
+
+        A new folder appears whole; an existing one counts as a model only once all is written.
+        """
+        folder = Path(folder)
+        if self._folder is not None and self.dtype != torch.float32:
+            logger.warning(
+                "saving %s weights: load with dtype='float32' to keep all their digits", self.dtype
+            )
+        if folder.is_dir() and any(folder.iterdir()):  # a run's folder: other files live beside the model
+            (folder / "manifest.json").unlink(missing_ok=True)
+            self._write(folder)
+        else:
+            with atomic_folder(folder) as partial:
+                self._write(partial)
+        self._model_sha256 = file_sha256(folder / "manifest.json")
+        self.name = str(folder) if self._folder is None else self.name
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+        """Uploads the model folder to the Hugging Face Hub and returns its address.
+
+        Raises:
+            ValueError: the Hub refused; the reason is in the message.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self._write(Path(folder))
+            try:
+                url = api.create_repo(repo_id, private=private, exist_ok=True)
+                api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"dalle {__version__}")
+            except (OSError, ValueError) as error:
+                raise ValueError(f"cannot push to {repo_id!r}: {_one_line(error)}") from error
+        return str(url)
+
+    def _write(self, folder: Path) -> None:
+        self.tokenizer.save_pretrained(folder / "tokenizer")
+        self.dvae.save_pretrained(folder / "dvae")
+        self.transformer.save_pretrained(folder / "transformer")
+        card = None if self._folder is None else self._folder / "README.md"
+        if card is not None and card.is_file() and card.resolve() != (folder / "README.md").resolve():
+            write_bytes(folder / "README.md", card.read_bytes())
+        write_index(folder, self.defaults)
+
+    # ---- draw -------------------------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        num_images_per_prompt: int = 1,
+        num_candidates: int | None = None,
+        seed: int | None = 0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance: float | None = None,
+        image: Image.Image | None = None,
+        keep_rows: int | None = None,
+        truncate: bool = False,
+        output_type: Literal["pil", "tokens"] = "pil",
+        progress: Progress | None = None,
+        callback_on_row_end: RowCallback | None = None,
+        rows_per_batch: int = ROWS_PER_BATCH,
+    ) -> PipelineOutput:
+        """Draws `num_images_per_prompt` pictures for each caption; picture i of the call uses seed + i.
+
+        Args:
+            prompt: one caption or several.
+            num_candidates: drawn for each caption, of which CLIP keeps the best; as many as pictures when None.
+            seed: 0..2**63-1; None takes a random one, found in the output.
+            temperature, top_k, top_p, guidance: as in `GenerationOptions`; None is the model's own default, and
+                top_k=0 and top_p=1 switch a default off.
+            image: a picture to complete: its central square's top `keep_rows` rows of tokens are kept.
+            keep_rows: 1..G grid rows (each 8 pixels of the model's picture size).
+            truncate: cut captions longer than the model reads, and say so in log and recipe.
+            output_type: "tokens" leaves out the pictures.
+            progress: called with (grid rows done, of how many) over all batches.
+            callback_on_row_end: called with (pipe, grid row, tokens (R, G, G), -1 where not drawn yet); True stops.
+            rows_per_batch: the most pictures drawn side by side; part of the recipe.
+
+        Raises:
+            ValueError: an argument outside what is allowed, or a caption too long.
+        """
+        captions = read_captions(prompt)
+        n_rows = len(captions) * count_images(num_images_per_prompt, num_candidates)
+        if output_type not in ("pil", "tokens"):
+            raise ValueError(f'output_type is {output_type!r}; allowed are "pil" and "tokens"')
+        seeds = count_seeds(seed, n_rows)
+        options = read_options(self.defaults, temperature, top_k, top_p, guidance)
+        completion = self._completion(image, keep_rows)
+        text, truncations = self._read(captions, truncate)
+        plan = plan_batches(len(captions), n_rows // len(captions), rows_per_batch)
+        n_done, n_total = 0, len(plan) * self.transformer.config.grid_size
+        is_stopped = False
+
+        def on_row_end(row: int, tokens: Tensor) -> bool:
+            nonlocal n_done, is_stopped
+            n_done += 1
+            if progress is not None:
+                progress(n_done, n_total)
+            is_stopped = callback_on_row_end is not None and bool(callback_on_row_end(self, row, tokens))
+            return is_stopped
+
+        tokens = self._draw(text, seeds, options, completion, on_row_end, rows_per_batch)
+        finished = [row for row in range(n_rows) if int(tokens[row].min()) >= 0]
+        versions = Versions(dalle=__version__, torch=str(torch.__version__), python=platform.python_version())
+        plans = batch_plans(plan, captions, seeds, rows_per_batch)
+        caption_of = [row * len(captions) // n_rows for row in range(n_rows)]
+        recipes = [
+            Recipe(
+                caption=captions[caption_of[row]],
+                seed=seeds[row],
+                index=row,
+                options=options,
+                batch=plans[row],
+                completion=completion,
+                truncate=truncate,
+                truncation=truncations[caption_of[row]],
+                tokens_sha256=tokens_sha256(tokens[row]),
+                dtype=_dtype_name(self.dtype),
+                device=self.device.type,
+                threads=torch.get_num_threads(),
+                versions=versions,
+                model=self.name,
+                model_sha256=self.model_sha256,
+            ).model_dump(mode="json")
+            for row in finished
+        ]
+        return PipelineOutput(
+            images=tuple(self._decode(tokens[finished])) if output_type == "pil" else (),
+            scores=None,
+            seeds=tuple(seeds[row] for row in finished),
+            tokens=tokens[finished],
+            captions=tuple(captions[caption_of[row]] for row in finished),
+            recipes=tuple(recipes),
+            is_stopped=is_stopped,
+        )
+
+    def rerun(self, recipe: Mapping[str, object]) -> tuple[Image.Image, bool]:
+        """Draws a picture again from its recipe and says whether the tokens agree with the recorded hash.
+
+        The whole recorded batch is sampled, with the recorded number of threads; the recorded tokens are only a hash.
+
+        Raises:
+            ValueError: not a recipe, or one of another model or dtype.
+        """
+        plan = validate(Recipe, dict(recipe), "recipe")
+        if plan.model_sha256 != self.model_sha256:
+            raise ValueError(
+                f"recipe is of model {plan.model} ({plan.model_sha256[:12]}); this one is {self.name}"
+                f" ({self.model_sha256[:12]}): load the recipe's model"
+            )
+        dtype = _dtype_name(self.dtype)
+        if plan.dtype != dtype:
+            raise ValueError(
+                f'recipe was drawn in {plan.dtype}; this model is in {dtype}: load it with dtype="{plan.dtype}"'
+            )
+        batch, is_consistent = place_in_batch(plan)
+        text, truncations = self._read(batch.captions, plan.truncate)
+        is_consistent &= (
+            truncations[batch.position * len(batch.captions) // len(batch.seeds)] == plan.truncation
+        )
+        with _threads(plan.threads):
+            tokens = self._draw(text, batch.seeds, plan.options, plan.completion, None, len(batch.seeds))
+        drawn = tokens[batch.position]
+        image = self._decode(drawn[None])[0]
+        return image, is_consistent and tokens_sha256(drawn) == plan.tokens_sha256
+
+    def _draw(
+        self,
+        text: Tensor,
+        seeds: Sequence[int],
+        options: GenerationOptions,
+        completion: Completion | None,
+        on_row_end: Callable[[int, Tensor], bool] | None,
+        rows_per_batch: int,
+    ) -> Tensor:
+        known = None if completion is None else torch.tensor(completion.known)
+        tokens = Engine(self.transformer).generate(
+            text, seeds, options, known=known, on_row_end=on_row_end, rows_per_batch=rows_per_batch
+        )
+        return tokens.cpu()  # (R, G, G)
+
+    def _completion(self, image: Image.Image | None, keep_rows: int | None) -> Completion | None:
+        if image is None and keep_rows is None:
+            return None
+        grid = self.dvae.config.grid_size
+        if image is None or keep_rows is None:
+            missing = "image" if image is None else "keep_rows"
+            raise ValueError(
+                f"{missing} is missing; a completion needs image and keep_rows (1..{grid}): give both"
+            )
+        if not is_count(keep_rows) or keep_rows > grid:
+            raise ValueError(f"keep_rows is {keep_rows!r}; the model draws {grid} rows: choose 1..{grid}")
+        pixels = to_tensor([center_crop(image.convert("RGB"), self.dvae.config.image_size)])  # (1, 3, H, W)
+        with torch.no_grad():
+            kept = self.dvae.encode(pixels.to(next(self.dvae.parameters()).device)).flatten()  # (N,)
+        n_kept = keep_rows * grid
+        return Completion(keep_rows=keep_rows, known=(*kept[:n_kept].tolist(), *[-1] * (grid**2 - n_kept)))
+
+    def _read(self, captions: Sequence[str], truncate: bool) -> tuple[Tensor, list[Truncation | None]]:
+        """Token ids (B, T) int64 of the captions, and what was cut from each."""
+        rows, truncations = [], []
+        for caption in captions:
+            ids = self.tokenizer.encode(caption, truncate=truncate)
+            n_tokens = self.tokenizer.count(caption)
+            if n_tokens > len(ids):
+                logger.warning(
+                    "caption has %d tokens, read are the first %d: %r", n_tokens, len(ids), caption
+                )
+            truncations.append(
+                Truncation(n_tokens=n_tokens, n_kept=len(ids)) if n_tokens > len(ids) else None
+            )
+            rows.append(torch.as_tensor(self.tokenizer.pad(ids), dtype=torch.int64))
+        return torch.stack(rows), truncations
+
+    def _decode(self, tokens: Tensor) -> list[Image.Image]:
+        device = next(self.dvae.parameters()).device
+        images: list[Image.Image] = []
+        with torch.no_grad():
+            for part in tokens.split(DECODE_BATCH):
+                if len(part):
+                    images.extend(to_images(self.dvae.decode(part.to(device))))
+        return images
+
+
+# ---- the model folder -----------------------------------------------------------------------------------------
+
+
+def check_fit(tokenizer: Tokenizer, dvae: DiscreteVAE, transformer: Transformer) -> None:
+    """Raises ValueError when the components were not made for each other."""
+    config = transformer.config
+    pairs = [
+        ("the dVAE has", dvae.config.n_codes, "codes", config.n_image_vocab),
+        ("the dVAE's grid side is", dvae.config.grid_size, "tokens", config.grid_size),
+        ("the tokenizer has", tokenizer.n_vocab, "vocabulary entries", config.n_text_vocab),
+        ("the tokenizer pads captions to", tokenizer.max_tokens, "tokens", config.n_text_tokens),
+    ]
+    for what, has, unit, needs in pairs:
+        if has != needs:
+            raise ValueError(
+                f"{what} {has} {unit}; the transformer was made for {needs}: use parts of one training run"
+            )
+
+
+def write_index(folder: Path, defaults: GenerationOptions) -> None:
+    """Turns a folder that holds the components into a model folder: model_index.json, then the manifest."""
+    index = {
+        "_class_name": "DallePipeline",
+        "_dalle_version": __version__,
+        "components": COMPONENTS,
+        "defaults": defaults.model_dump(),
+    }
+    write_json(folder / "model_index.json", index)
+    write_manifest(folder, _files_to_verify(folder))  # last: without it the folder is not a model
+
+
+def default_dtype(device: str | torch.device) -> torch.dtype:
+    """bfloat16 on a GPU or CPU that computes in it natively, else float32."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        is_native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif kind == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        is_native = any(
+            capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16")
+        )
+    else:
+        is_native = False
+    return torch.bfloat16 if is_native else torch.float32
+
+
+def bundled_folder() -> Path:
+    """Where the model that ships in the package lies."""
+    return Path(str(importlib.resources.files("dalle") / "bundled"))
+
+
+def _resolve(source: str | Path | None, revision: str | None, cache_dir: str | Path | None) -> Path:
+    """The local folder of a source, fetched from the Hub where it is not local."""
+    if source is None:
+        folder = bundled_folder()
+        if not (folder / "model_index.json").is_file():
+            raise ValueError(
+                "this installation has no bundled model: give a model folder or a Hugging Face Hub id"
+            )
+        return folder
+    if Path(source).is_dir():
+        return Path(source)
+    if isinstance(source, Path) or not HUB_ID.fullmatch(source):
+        raise ValueError(
+            f"{source} is not a folder: give a model folder or a Hugging Face Hub id such as owner/name"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(source, revision=revision, cache_dir=cache_dir, allow_patterns=HUB_FILES)
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{source} is neither a folder nor to be had from the Hub: {_one_line(error)}"
+        ) from error
+
+
+def _read_index(path: Path) -> GenerationOptions:
+    """Checks model_index.json and gives the model's default settings."""
+    index = read_json(path)
+    name = index.get("_class_name") if isinstance(index, dict) else None
+    if name != "DallePipeline":
+        raise ValueError(f"{path} describes {name!r}; dalle reads models of class 'DallePipeline'")
+    components = index.get("components")
+    if components != COMPONENTS:
+        raise ValueError(
+            f"{path} lists components {components}; dalle {__version__} reads {COMPONENTS}:"
+            f" install the dalle that wrote it ({index.get('_dalle_version')})"
+        )
+    return validate(GenerationOptions, index.get("defaults", {}), f"{path}: defaults")
+
+
+def _files_to_verify(folder: Path) -> list[str]:
+    """model_index.json and every component's files, those too that another tool put beside ours (clip/, judge/)."""
+    found = [folder / "model_index.json"]
+    for component in folder.iterdir():
+        if component.is_dir() and component.name != "run" and not component.name.startswith("."):
+            names = ("*.safetensors", "config.json", "tokenizer.json")
+            found += [path for name in names for path in component.rglob(name)]
+    return [path.relative_to(folder).as_posix() for path in found]
+
+
+# ---- small parts ----------------------------------------------------------------------------------------------
+
+
+def _as_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    found = DTYPES.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise ValueError(f"dtype is {dtype}; allowed are auto, {', '.join(DTYPES)}")
+    return found
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+@contextmanager
+def _threads(n: int) -> Iterator[None]:
+    """Runs PyTorch with n threads: their number decides how sums are split, and so how they round."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

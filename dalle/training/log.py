@@ -1,0 +1,109 @@
+"""What a run tells a person and a program: metrics.jsonl, TensorBoard, and one progress line."""
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+LINE_SECONDS = 30.0  # between plain lines when nobody watches a terminal
+logger = logging.getLogger(__name__)
+
+
+class RunLog:
+    """Logs one stage of a run; use as a context manager.
+
+    `folder` is DIR/run. Every row of metrics.jsonl holds `stage`, `step` (updates done) and numbers: losses in nats
+    per token or per sub-pixel, `pictures_per_second`, `seconds` since this process began the stage.
+    """
+
+    def __init__(self, folder: Path, stage: str, steps: int, done: int, quiet: bool = False) -> None:
+        self.stage, self.steps, self.done = stage, steps, done
+        self.quiet = quiet
+        self.folder = folder
+        self.began = time.monotonic()
+        self.last_line = 0.0
+        self.n_pictures = 0
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        from torch.utils.tensorboard import SummaryWriter  # seconds to import: only when a run starts
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _drop_half_line(self.folder / "metrics.jsonl")
+        self._file = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
+        self._board = SummaryWriter(str(self.folder / "tensorboard" / self.stage), purge_step=self.done)  # type: ignore[no-untyped-call]
+        if sys.stderr.isatty() and not self.quiet:
+            self._progress = Progress(
+                TextColumn("[bold]{task.fields[stage]}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self._progress.start()
+            self._task = self._progress.add_task(
+                "train", total=self.steps, completed=self.done, stage=self.stage, numbers=""
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        self._file.close()
+        self._board.close()  # type: ignore[no-untyped-call]
+
+    def step(self, step: int, n_pictures: int, loss: float) -> None:
+        """Move the progress line: `step` updates are done, the last one saw `n_pictures`."""
+        self.n_pictures += n_pictures
+        now = time.monotonic()
+        rate = self.pictures_per_second()
+        numbers = f"loss {loss:.4f}  {rate:.1f} pictures/s"
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=step, numbers=numbers)
+        elif not self.quiet and now - self.last_line >= LINE_SECONDS:
+            self.last_line = now
+            logger.info("%s %d/%d  %s  ETA %s", self.stage, step, self.steps, numbers, self._eta(step, now))
+
+    def metrics(self, step: int, values: dict[str, Any]) -> None:
+        """Write one row of numbers to metrics.jsonl and TensorBoard."""
+        row = {"stage": self.stage, "step": step, "seconds": round(time.monotonic() - self.began, 1), **values}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(f"{self.stage}/{name}", value, step)  # type: ignore[no-untyped-call]
+
+    def say(self, message: str) -> None:
+        """Show one line now."""
+        if self._progress is not None:
+            self._progress.console.print(message)
+        elif not self.quiet:
+            logger.info("%s", message)
+
+    def pictures_per_second(self) -> float:
+        """Pictures seen a second since this process began the stage."""
+        return self.n_pictures / max(time.monotonic() - self.began, 1e-9)
+
+    def _eta(self, step: int, now: float) -> str:
+        left = (now - self.began) / max(step - self.done, 1) * (self.steps - step)
+        return f"{int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}"
+
+
+def _drop_half_line(path: Path) -> None:
+    """A killed process can leave half a row: cut it, so that every line stays JSON."""
+    if path.exists():
+        data = path.read_bytes()
+        if data and not data.endswith(b"\n"):
+            with open(path, "r+b") as file:
+                file.truncate(data.rfind(b"\n") + 1)

@@ -1,0 +1,192 @@
+"""The one training loop: every stage goes through `train_stage`, and can be stopped and resumed at any update."""
+
+import logging
+import math
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
+
+from dalle import images
+from dalle.training import checkpoint
+from dalle.training.log import RunLog
+from dalle.training.optim import MovingAverage, Plateau, adamw, learning_rate
+from dalle.training.recipe import Optimization
+
+MAX_NON_FINITE = 20  # updates in a row whose loss or gradient is not finite before the run gives up
+LOG_EVERY = 10  # updates between rows of metrics.jsonl
+logger = logging.getLogger(__name__)
+
+
+class Stage(Protocol):
+    """What the loop asks of a stage; all randomness of an update is a function of its number."""
+
+    name: str
+    model: nn.Module
+    settings: Optimization
+
+    def batch(self, number: int) -> Any:
+        """The data of micro-batch `number`."""
+
+    def loss(self, batch: Any, step: int, number: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one micro-batch in update `step`, and what to log."""
+
+    def validate(self) -> dict[str, float]:
+        """Figures on held-out pictures, with the weights that the model holds now."""
+
+    def sheet(self) -> Image:
+        """A picture that tells a person how the stage is going."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop, finished its update and saved; `signal_number` says by what."""
+
+    def __init__(self, stage: str, step: int, signal_number: int) -> None:
+        super().__init__(f"stopped in stage {stage} after update {step}; the same command goes on from there")
+        self.signal_number = signal_number
+
+
+@dataclass
+class Progress:
+    """Where a stage stands: what a checkpoint's state.json holds."""
+
+    step: int = 0  # updates done
+    n_non_finite: int = 0  # updates skipped in all
+    n_non_finite_in_a_row: int = 0
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT instead of dying: the first asks politely, a second one interrupts at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train_stage(stage: Stage, run_folder: Path, dtype: torch.dtype, quiet: bool = False) -> dict[str, Tensor]:
+    """Train `stage` to its last update, from its newest checkpoint if there is one; returns the averaged weights.
+
+    Raises `Stopped` after a signal (saved), ValueError when losses stay non-finite, OSError when the disk is full.
+    """
+    settings, model = stage.settings, stage.model
+    root = run_folder / "checkpoints" / stage.name
+    optimizer = adamw(model, settings)
+    average = MovingAverage(model, settings.average_decay)
+    plateau, progress = Plateau(), Progress()
+    found = checkpoint.newest(root)
+    if found is not None:
+        state = checkpoint.restore(found, model, average, optimizer)
+        plateau.restore(state["plateau"])
+        progress = Progress(found.step, state["n_non_finite"], state["n_non_finite_in_a_row"])
+    with RunLog(run_folder, stage.name, settings.steps, progress.step, quiet) as log, stop_signals() as signals:
+        if found is not None:
+            log.say(f"{stage.name}: goes on from update {found.step}")
+            log.metrics(found.step, {"resumed": True})
+        model.train()
+        while progress.step < settings.steps:
+            loss, metrics = _update(stage, optimizer, plateau, progress, dtype)
+            if progress.step % settings.average_every == 0:
+                average.update(model, progress.step // settings.average_every)
+            n_pictures = settings.batch_size * settings.accumulation
+            log.step(progress.step, n_pictures, loss)
+            if progress.step % LOG_EVERY == 0 or progress.step == settings.steps:
+                log.metrics(progress.step, {**metrics, "pictures_per_second": log.pictures_per_second()})
+            _look(stage, average, progress.step, run_folder, log)
+            if progress.step % settings.checkpoint_every == 0 or progress.step == settings.steps or signals:
+                state = {"plateau": plateau.state(), "n_non_finite": progress.n_non_finite}
+                state["n_non_finite_in_a_row"] = progress.n_non_finite_in_a_row
+                checkpoint.save(root, progress.step, model, average, optimizer, state)
+            if signals and progress.step < settings.steps:
+                raise Stopped(stage.name, progress.step, signals[0])
+    return average.tensors
+
+
+def _update(
+    stage: Stage, optimizer: torch.optim.Optimizer, plateau: Plateau, progress: Progress, dtype: torch.dtype
+) -> tuple[float, dict[str, float]]:
+    """One update: accumulate, clip, step; a non-finite one is skipped and counted."""
+    settings, step = stage.settings, progress.step
+    rate = learning_rate(settings, step, plateau.n_halvings)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+    total, sums = 0.0, dict[str, float]()
+    device = next(stage.model.parameters()).device
+    for micro in range(settings.accumulation):
+        number = step * settings.accumulation + micro
+        batch = stage.batch(number)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss, metrics = stage.loss(batch, step, number)
+        (loss / settings.accumulation).backward()  # type: ignore[no-untyped-call]
+        total += float(loss.detach()) / settings.accumulation
+        for name, value in metrics.items():
+            sums[name] = sums.get(name, 0.0) + float(value) / settings.accumulation
+    limit = settings.clip_norm or math.inf
+    norm = float(torch.nn.utils.clip_grad_norm_(stage.model.parameters(), limit))
+    progress.step += 1
+    if not (math.isfinite(total) and math.isfinite(norm)):
+        _skip(stage, progress)
+    else:
+        optimizer.step()
+        progress.n_non_finite_in_a_row = 0
+        plateau.update(total)
+    return total, {
+        "loss": total,
+        **sums,
+        "gradient_norm": norm,
+        "learning_rate": rate,
+        "n_non_finite": progress.n_non_finite,
+    }
+
+
+def _skip(stage: Stage, progress: Progress) -> None:
+    progress.n_non_finite += 1
+    progress.n_non_finite_in_a_row += 1
+    logger.warning("%s: loss or gradient of update %d is not finite: skipped", stage.name, progress.step)
+    if progress.n_non_finite_in_a_row >= MAX_NON_FINITE:
+        raise ValueError(
+            f"{stage.name}: {MAX_NON_FINITE} updates in a row were not finite, up to update {progress.step}: lower "
+            f"{stage.name}_training.learning_rate, or look at the data; the last good checkpoint is kept"
+        )
+
+
+def _look(stage: Stage, average: MovingAverage, step: int, run_folder: Path, log: RunLog) -> None:
+    """Validate and draw the sample sheet with the averaged weights, when it is time."""
+    last = step == stage.settings.steps
+    validates = step % stage.settings.validate_every == 0 or last
+    draws = step % stage.settings.sheet_every == 0 or last
+    if not (validates or draws):
+        return
+    stage.model.eval()
+    with average.applied(stage.model), torch.no_grad():
+        if validates:
+            figures = {f"validation_{name}": value for name, value in stage.validate().items()}
+            log.metrics(step, figures)
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
+            log.say(f"{stage.name} {step}: {shown}")
+        if draws:
+            folder = run_folder / "samples" / stage.name
+            folder.mkdir(parents=True, exist_ok=True)
+            images.save_png(stage.sheet(), folder / f"step-{step:07d}.png", None)
+    stage.model.train()

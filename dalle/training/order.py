@@ -1,0 +1,50 @@
+"""Which pictures an update sees: a pure function of (seed, step), so that a resumed run sees what it would have seen."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from dalle.data.pairs import Pair
+from dalle.training.recipe import Balance
+
+
+def rng(*key: int | str) -> np.random.Generator:
+    """A generator that depends on all parts of the key and on nothing else."""
+    digest = hashlib.sha256("\0".join(str(part) for part in key).encode()).digest()
+    return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
+
+
+class Order:
+    """Shuffled epochs over `pairs`; with a balance, large groups of alike pictures give a few members an epoch each."""
+
+    def __init__(self, pairs: Sequence[Pair], seed: int, balance: Balance | None = None) -> None:
+        self.seed = seed
+        self.cap = balance.cap if balance else 1
+        groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
+        for index, pair in enumerate(pairs):
+            group = tuple(pair.fields.get(field) for field in balance.fields) if balance else (index,)
+            groups[group].append(index)
+        self.groups = [np.array(members) for members in groups.values()]
+        self.n_epoch = sum(min(self.cap, len(members)) for members in self.groups)  # pictures an epoch
+        self._cached: tuple[int, np.ndarray] | None = None
+
+    def epoch(self, number: int) -> np.ndarray:
+        """The picture indices of one epoch, in order."""
+        if self._cached is None or self._cached[0] != number:
+            generator = rng(self.seed, "order", number)
+            chosen = [
+                members if len(members) <= self.cap else generator.choice(members, self.cap, replace=False)
+                for members in self.groups
+            ]
+            self._cached = (number, generator.permutation(np.concatenate(chosen)))
+        return self._cached[1]
+
+    def batch(self, number: int, size: int) -> list[tuple[int, int]]:
+        """The (epoch, picture index) of every member of micro-batch `number`; batches run over epoch ends."""
+        members = []
+        for position in range(number * size, (number + 1) * size):
+            epoch, offset = divmod(position, self.n_epoch)
+            members.append((epoch, int(self.epoch(epoch)[offset])))
+        return members

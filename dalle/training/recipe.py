@@ -1,0 +1,104 @@
+"""The recipe of a whole training run: what a preset sets, stage by stage (Ramesh et al. 2021, App. A.2 and B.2)."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from dalle.config import Config
+from dalle.dvae import DVAEConfig
+from dalle.generation.options import GenerationOptions
+from dalle.tokenizer import TokenizerConfig
+from dalle.transformer import TransformerConfig
+
+
+class Optimization(Config):
+    """Settings that every stage shares: length, batches, AdamW, averaging, and how often to look."""
+
+    steps: int = Field(ge=1)  # updates
+    batch_size: int = Field(ge=1)  # pictures a micro-batch
+    accumulation: int = Field(1, ge=1)  # micro-batches an update
+    learning_rate: float = Field(gt=0)  # peak
+    final_learning_rate: float = Field(ge=0)
+    warmup_steps: int = Field(0, ge=0)  # linear, 0 -> peak
+    decay: Literal["cosine", "plateau"] = "cosine"  # plateau: halved when the training loss stalls (App. B.2)
+    decay_steps: int | None = Field(None, ge=1)  # None: until the last step
+    beta2: float = Field(0.999, gt=0, lt=1)
+    weight_decay: float = Field(ge=0)  # matrices only: gains, biases and embeddings are not decayed
+    clip_norm: float | None = Field(None, gt=0)
+    average_decay: float = Field(ge=0, lt=1)  # exponential moving average of the weights: what the model ships
+    average_every: int = Field(1, ge=1)  # updates
+    validate_every: int = Field(ge=1)  # updates
+    checkpoint_every: int = Field(ge=1)  # updates
+    sheet_every: int = Field(ge=1)  # updates between sample sheets
+    n_validation: int = Field(512, ge=1)  # held-out pictures a validation looks at
+
+
+class DVAETraining(Optimization):
+    """Stage 1 (App. A.2): the schedules of the relaxation; FSQ has neither temperature nor KL and ignores them."""
+
+    crop: Literal["paper", "center"]  # Listing 1, or the whole picture
+    kl_weight: float = Field(0.0, ge=0)  # beta, paper 6.6
+    kl_steps: int = Field(1, ge=1)  # 0 -> beta, paper 5,000
+    final_temperature: float = Field(0.0625, gt=0)  # tau, from 1; paper 1/16
+    temperature_steps: int = Field(1, ge=1)  # paper 150,000
+
+
+class TransformerTraining(Optimization):
+    """Stage 2 (App. B.2): captions are encoded anew each epoch, picture tokens once."""
+
+    crop: Literal["paper", "center"]  # Listing 2, or the whole picture
+    bpe_dropout: float = Field(ge=0, lt=1)  # paper 0.1
+    caption_dropout: float = Field(ge=0, lt=1)  # share of empty captions, for guidance; paper: none
+
+
+class TransformerShape(Config):
+    """The transformer's own sizes; vocabularies and grid follow from tokenizer and dVAE."""
+
+    n_layers: int = Field(ge=1)
+    n_heads: int = Field(ge=1)
+    d_head: int = Field(ge=1)
+    conv_kernel: int = Field(11, ge=1)
+    layers: Literal["paper", "dense"] | tuple[str, ...] = "paper"
+
+
+class Balance(Config):
+    """At most `cap` pictures an epoch that agree in all `fields`, drawn anew each epoch."""
+
+    fields: tuple[str, ...]
+    cap: int = Field(ge=1)
+
+
+class Recipe(Config):
+    """Everything that decides the weights of a run, but for the data."""
+
+    seed: int = Field(0, ge=0)
+    tokenizer: TokenizerConfig
+    dvae: DVAEConfig
+    transformer: TransformerShape
+    dvae_training: DVAETraining
+    transformer_training: TransformerTraining
+    balance: Balance | None = None
+    sampling: GenerationOptions = GenerationOptions()  # how the finished model draws when nothing else is asked
+    weights: Literal["float32", "bfloat16"] = "float32"  # how the finished model is stored
+
+    @model_validator(mode="after")
+    def _lengths_agree(self) -> Self:
+        for training in (self.dvae_training, self.transformer_training):
+            if training.warmup_steps >= training.steps:
+                raise ValueError(f"warmup_steps {training.warmup_steps} must be below steps {training.steps}")
+        return self
+
+
+def transformer_config(shape: TransformerShape, dvae: DVAEConfig, n_text_vocab: int, n_text_tokens: int) -> TransformerConfig:
+    """The transformer that reads `n_text_tokens` tokens of a tokenizer and writes the grid of a dVAE."""
+    return TransformerConfig(
+        n_layers=shape.n_layers,
+        n_heads=shape.n_heads,
+        d_head=shape.d_head,
+        conv_kernel=shape.conv_kernel,
+        layers=shape.layers,
+        n_text_tokens=n_text_tokens,
+        n_text_vocab=n_text_vocab,
+        grid_size=dvae.grid_size,
+        n_image_vocab=dvae.n_codes,
+    )

@@ -1,0 +1,306 @@
+"""`dalle train`: tokenizer -> dVAE -> picture tokens -> transformer -> model folder, resumed by the same call.
+
+    OUT/                 the model folder, complete when the last stage ends
+    OUT/run/config.json  the recipe and what it was run on: a resume with anything else is refused
+    OUT/run/stages.json  each finished stage: what it was made from, and the hash of what came out
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor, nn
+
+from dalle import weights
+from dalle.config import differences
+from dalle.data.pairs import BadSampleLog, PairSet, read_pairs
+from dalle.data.tokens import TokenStore, encode_pairs
+from dalle.dvae import DiscreteVAE
+from dalle.pipeline import write_index
+from dalle.tokenizer import Tokenizer
+from dalle.training.card import write_card
+from dalle.training.dvae import DVAEStage
+from dalle.training.loop import Stage, train_stage
+from dalle.training.recipe import Recipe, transformer_config
+from dalle.training.transformer import Sequences, TransformerStage
+from dalle.transformer import Transformer
+
+STAGES = ("tokenizer", "dvae", "transformer")
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of `train`: everything its stages share."""
+
+    out: Path
+    recipe: Recipe
+    data: str
+    pairs: PairSet
+    train: list[Any]
+    held_out: list[Any]
+    bad: BadSampleLog
+    device: torch.device
+    dtype: torch.dtype
+    init_from: Path | None
+    quiet: bool
+
+    @property
+    def folder(self) -> Path:
+        """Where everything lives that is not the model."""
+        return self.out / "run"
+
+
+def train(
+    data: str,
+    out: Path,
+    recipe: Recipe,
+    *,
+    init_from: Path | None = None,
+    stages: tuple[str, ...] = STAGES,
+    device: torch.device,
+    dtype: torch.dtype,
+    quiet: bool = False,
+) -> Path:
+    """Train all `stages` of `recipe` on the pairs in `data`; returns the model folder `out`.
+
+    With `init_from`, its tokenizer and dVAE are reused and its transformer is continued; what it lacks is trained.
+    Raises ValueError for bad data, a folder in use, or a resume that differs; `Stopped` after a signal.
+    """
+    unknown = [stage for stage in stages if stage not in STAGES]
+    if unknown:
+        raise ValueError(f"stage {unknown[0]!r} is unknown: choose from {', '.join(STAGES)}")
+    (out / "run").mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / "run" / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"{out}: another run is training in this folder; wait for it, or choose another --out") from None
+    try:
+        run = _prepare(data, out, recipe, init_from, device, dtype, quiet)
+        tokenizer = _tokenizer_stage(run)
+        if "dvae" not in stages and not _exists(run, "dvae"):
+            return out
+        dvae = _dvae_stage(run)
+        if "transformer" not in stages:
+            return out
+        _transformer_stage(run, tokenizer, dvae)
+        _finish(run)
+        return out
+    finally:
+        lock.release()
+
+
+def _prepare(
+    data: str,
+    out: Path,
+    recipe: Recipe,
+    init_from: Path | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    quiet: bool,
+) -> Run:
+    pairs = read_pairs(data)
+    pairs.require_mostly_good()
+    counts = ", ".join(f"{split} {count}" for split, count in sorted(pairs.counts.items()))
+    logger.info("%s: %d captioned pictures (%s); training uses split train", data, len(pairs), counts)
+    if pairs.bad:
+        logger.warning("%s: %d bad samples are left out; see run/bad_samples.jsonl", data, len(pairs.bad))
+    learned = [pair for pair in pairs if pair.split == "train"]
+    held_out = [pair for pair in pairs if pair.split == "validation"]
+    held_out = held_out or [pair for pair in pairs if pair.split not in ("train", "excluded")]
+    if not learned or not held_out:
+        raise ValueError(f"{data}: training needs pictures of split train and some held out; found {counts or 'none'}")
+    bad = BadSampleLog(out / "run" / "bad_samples.jsonl", total=len(pairs) + len(pairs.bad))
+    for sample in pairs.bad:
+        bad.add(sample.key, sample.reason)
+    config = {
+        "recipe": recipe.model_dump(mode="json"),
+        "data": pairs.fingerprint,
+        "dtype": str(dtype).removeprefix("torch."),
+        "init_from": _init_identity(init_from),
+    }
+    _refuse_other_settings(out / "run" / "config.json", config, out)
+    return Run(out, recipe, data, pairs, learned, held_out, bad, device, dtype, init_from, quiet)
+
+
+def _refuse_other_settings(path: Path, config: dict[str, Any], out: Path) -> None:
+    if path.exists():
+        changed = differences(weights.read_json(path), config)
+        if changed:
+            raise ValueError(
+                f"{out} was begun with other settings or data ({'; '.join(changed)}): give the old ones to go on, or "
+                f"another --out (--init-from {out} reuses its finished stages)"
+            )
+    else:
+        weights.write_json(path, config)
+
+
+def _init_identity(init_from: Path | None) -> dict[str, str]:
+    """The hashes of the components in `init_from`, so that a resume notices another one."""
+    if init_from is None:
+        return {}
+    if not init_from.is_dir():
+        raise ValueError(f"--init-from {init_from}: no such folder")
+    files = {"tokenizer": "tokenizer.json", "dvae": "model.safetensors", "transformer": "model.safetensors"}
+    found = {
+        name: weights.file_sha256(init_from / name / file)
+        for name, file in files.items()
+        if (init_from / name / file).is_file()
+    }
+    if not found:
+        raise ValueError(f"--init-from {init_from}: holds no tokenizer, dvae or transformer folder")
+    return found
+
+
+def _given(run: Run, component: str) -> Path | None:
+    """The folder of `component` in --init-from, if it is there."""
+    folder = run.init_from / component if run.init_from else None
+    return folder if folder and folder.is_dir() else None
+
+
+def _records(run: Run) -> dict[str, dict[str, Any]]:
+    path = run.folder / "stages.json"
+    return dict(weights.read_json(path)) if path.exists() else {}
+
+
+def _exists(run: Run, stage: str) -> bool:
+    return stage in _records(run) or _given(run, stage) is not None
+
+
+def _finished(run: Run, stage: str, inputs: dict[str, Any], result: str | None) -> bool:
+    """Whether `stage` is done, from these very inputs, and its result untouched; a stale one is an error."""
+    record = _records(run).get(stage)
+    if record is None:
+        return False
+    changed = differences(record["inputs"], inputs)
+    if changed or record["result"] != result:
+        what = "; ".join(changed) or f"the files in {run.out / stage} are not what the stage wrote"
+        raise ValueError(
+            f"stage {stage} in {run.out} is stale ({what}): delete {run.out / stage} and "
+            f"{run.folder / 'checkpoints' / stage}, and its entry in {run.folder / 'stages.json'}, to run it again"
+        )
+    return True
+
+
+def _record(run: Run, stage: str, inputs: dict[str, Any], result: str) -> None:
+    records = _records(run)
+    records[stage] = {"inputs": inputs, "result": result}
+    weights.write_json(run.folder / "stages.json", records)
+
+
+def _file_hash(path: Path) -> str | None:
+    return weights.file_sha256(path) if path.is_file() else None
+
+
+def _tokenizer_stage(run: Run) -> Tokenizer:
+    folder = run.out / "tokenizer"
+    inputs = {"settings": run.recipe.tokenizer.model_dump(mode="json"), "data": run.pairs.fingerprint}
+    given = _given(run, "tokenizer")
+    if given:
+        inputs = {"given": weights.file_sha256(given / "tokenizer.json")}
+    if not _finished(run, "tokenizer", inputs, _file_hash(folder / "tokenizer.json")):
+        if given:
+            tokenizer = Tokenizer.from_pretrained(given)
+        else:
+            captions = [caption for pair in run.train for caption in pair.captions]
+            tokenizer = Tokenizer.train(captions, run.recipe.tokenizer)
+        tokenizer.save_pretrained(folder)
+        _record(run, "tokenizer", inputs, weights.file_sha256(folder / "tokenizer.json"))
+    return Tokenizer.from_pretrained(folder)
+
+
+def _dvae_stage(run: Run) -> DiscreteVAE:
+    recipe, folder = run.recipe, run.out / "dvae"
+    given = _given(run, "dvae")
+    inputs: dict[str, Any] = {
+        "model": recipe.dvae.model_dump(mode="json"),
+        "training": recipe.dvae_training.model_dump(mode="json"),
+        "data": run.pairs.fingerprint,
+    }
+    if given:
+        inputs = {"given": weights.file_sha256(given / "model.safetensors")}
+    if not _finished(run, "dvae", inputs, _file_hash(folder / "model.safetensors")):
+        if given:
+            model = DiscreteVAE.from_pretrained(given)
+            state = model.state_dict()
+        else:
+            torch.manual_seed(recipe.seed)  # the models draw their first weights from the global generator
+            model = DiscreteVAE(recipe.dvae).to(run.device)
+            stage = DVAEStage(
+                model, recipe.dvae_training, run.train, run.held_out, run.bad, seed=recipe.seed, balance=recipe.balance
+            )
+            state = _run_stage(run, stage)
+        _save(run, "dvae", model, state, inputs)
+    return DiscreteVAE.from_pretrained(folder).to(run.device).eval()
+
+
+def _run_stage(run: Run, stage: Stage) -> dict[str, Tensor]:
+    return train_stage(stage, run.folder, run.dtype, run.quiet)
+
+
+def _save(run: Run, stage: str, model: nn.Module, state: dict[str, Tensor], inputs: dict[str, Any]) -> None:
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[run.recipe.weights]
+    stored = {
+        name: tensor.detach().cpu().to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+        for name, tensor in state.items()
+    }
+    folder = run.out / stage
+    folder.mkdir(exist_ok=True)
+    weights.save_component(folder, model.config, stored)  # type: ignore[arg-type]
+    _record(run, stage, inputs, weights.file_sha256(folder / "model.safetensors"))
+
+
+def _transformer_stage(run: Run, tokenizer: Tokenizer, dvae: DiscreteVAE) -> None:
+    recipe, folder = run.recipe, run.out / "transformer"
+    store = encode_pairs(
+        run.pairs, dvae, run.folder / "tokens", crop=recipe.transformer_training.crop, seed=recipe.seed
+    )
+    given = _given(run, "transformer")
+    inputs: dict[str, Any] = {
+        "model": recipe.transformer.model_dump(mode="json"),
+        "training": recipe.transformer_training.model_dump(mode="json"),
+        "tokenizer": tokenizer.fingerprint,
+        "dvae": weights.file_sha256(run.out / "dvae" / "model.safetensors"),
+        "data": run.pairs.fingerprint,
+    }
+    if given:
+        inputs |= {"model": {}, "given": weights.file_sha256(given / "model.safetensors")}
+    if _finished(run, "transformer", inputs, _file_hash(folder / "model.safetensors")):
+        return
+    torch.manual_seed(recipe.seed)
+    if given:
+        model = Transformer.from_pretrained(given)
+    else:
+        config = transformer_config(recipe.transformer, dvae.config, tokenizer.n_vocab, tokenizer.max_tokens)
+        model = Transformer(config)
+    model.to(device=run.device, dtype=torch.float32)
+    stage = TransformerStage(
+        model,
+        recipe.transformer_training,
+        tokenizer,
+        dvae,
+        _sequences(store, run.train),
+        _sequences(store, run.held_out),
+        seed=recipe.seed,
+        balance=recipe.balance,
+        sampling=recipe.sampling,
+    )
+    if stage.n_truncated:
+        logger.warning("%d pictures have no caption that fits %d tokens: cut", stage.n_truncated, tokenizer.max_tokens)
+    _save(run, "transformer", model, _run_stage(run, stage), inputs)
+
+
+def _sequences(store: TokenStore, pairs: list[Any]) -> Sequences:
+    index = {key: position for position, key in enumerate(store.keys) if store.valid[position]}
+    kept = [pair for pair in pairs if pair.key in index]
+    return Sequences(kept, store.tokens[[index[pair.key] for pair in kept]])
+
+
+def _finish(run: Run) -> None:
+    """Write the card, model_index.json and, last, the manifest: the folder is a model from then on."""
+    write_card(run.out, run.recipe, run.data, run.pairs)
+    write_index(run.out, run.recipe.sampling)

@@ -1,0 +1,352 @@
+"""The sparse decoder-only transformer over text tokens followed by image tokens, and its joint loss.
+
+Source: DALL·E paper (arXiv 2102.12092), sections 2.2 and 2.3, appendix B and figure 10; Child et al. 2019,
+sections 5.2 and 6, for what DALL·E takes over from it. What neither says is marked `settled:`, a departure
+`differs:`.
+
+The input stream is [BOS, t_1 .. t_T, z_1 .. z_(N-1)], the targets [t_1 .. t_T, z_1 .. z_N]: both have T + N
+slots (1280 in the paper), and slot T, which holds the last text token, predicts the first image token.
+settled: figure 10 also draws a start-of-image state; without it the stream is exactly the paper's 1280 = 40
+tiles of 32.
+
+Text ids: 0 .. n_text_vocab - 1 are BPE entries; n_text_vocab + p is the pad of text position p (0-based).
+
+Shapes: B batch, T text tokens, N = G * G image tokens, G grid side, S = T + N stream, C model width, H heads,
+D head width, V text ids (n_text_vocab + T), K image ids.
+"""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, Self, cast
+
+import pydantic
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dalle import weights
+from dalle.attention import (
+    AttentionPlan,
+    KeyValueCache,
+    LayerCache,
+    LayerKind,
+    attend,
+    attend_step_,
+    layer_kinds,
+    start_cache,
+)
+from dalle.config import Config
+
+TEXT_WEIGHT, IMAGE_WEIGHT = 1 / 8, 7 / 8  # section 2.2: "we are primarily interested in image modeling"
+LAYER_NORM_EPS = 1e-5  # settled: not in the paper; PyTorch's and GPT-2's
+
+Count = Annotated[int, Field(gt=0)]
+
+
+class TransformerConfig(Config):
+    """Sizes of a transformer; the paper's are in brackets (appendix B.1)."""
+
+    n_layers: Count  # attention layers, each followed by an MLP [64]
+    n_heads: Count  # heads per layer [62]
+    d_head: Count  # width of a head [64]
+    n_text_tokens: Count  # text slots T, pads included [256]
+    n_text_vocab: Count  # BPE entries; T pad ids come on top [16384]
+    grid_size: Annotated[int, Field(gt=1)]  # side G of the token grid [32]
+    n_image_vocab: Count  # codes of the dVAE [8192]
+    conv_kernel: int = 11  # side of the convolutional mask, odd [11]
+    layers: Literal["paper", "dense"] | tuple[LayerKind, ...] = (
+        "paper"  # masks: a rule, or one kind per layer
+    )
+
+    @property
+    def d_model(self) -> int:
+        """Width C of the residual stream."""
+        return self.n_heads * self.d_head
+
+    @property
+    def n_image_tokens(self) -> int:
+        """Image tokens N of a picture."""
+        return self.grid_size**2
+
+    @property
+    def n_text_ids(self) -> int:
+        """Text ids V: BPE entries and one pad per text position."""
+        return self.n_text_vocab + self.n_text_tokens
+
+    @pydantic.model_validator(mode="after")
+    def _check_layers(self) -> Self:
+        layer_kinds(self.n_layers, self.layers)
+        if self.conv_kernel < 1 or self.conv_kernel % 2 == 0:
+            raise ValueError(f"conv_kernel is {self.conv_kernel}; it must be a positive odd number")
+        return self
+
+
+class Losses(NamedTuple):
+    """Cross-entropies in nats per token, each averaged over all tokens of its kind: scalars."""
+
+    total: Tensor  # text / 8 + image * 7 / 8
+    text: Tensor
+    image: Tensor
+
+
+class AttentionResblock(nn.Module):
+    """x + W_out attention(LN(x)): one of the 2 * n_layers resblocks of the paper (figure 4)."""
+
+    def __init__(self, config: TransformerConfig, plan: AttentionPlan) -> None:
+        super().__init__()
+        self.n_heads, self.plan = config.n_heads, plan
+        self.norm = nn.LayerNorm(config.d_model, eps=LAYER_NORM_EPS)
+        # settled: every linear map has a bias, as in GPT-2; appendix D lists biases but not which.
+        self.qkv = nn.Linear(config.d_model, 3 * config.d_model)
+        self.out = nn.Linear(config.d_model, config.d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Runs the whole stream, (B, S, C) -> (B, S, C)."""
+        return self._add(x, attend(*self._project(x), self.plan))
+
+    def prefill(self, x: Tensor) -> tuple[Tensor, LayerCache]:
+        """Runs the caption part, (B, 1 + T, C) -> (B, 1 + T, C), and keeps its keys and values."""
+        q, k, v = self._project(x)
+        return self._add(x, attend(q, k, v, self.plan)), start_cache(k, v, self.plan)
+
+    def step(self, x: Tensor, cache: LayerCache, position: int) -> Tensor:
+        """Runs the image token at raster index `position`, (B, 1, C) -> (B, 1, C); the cache takes it in."""
+        return self._add(x, attend_step_(*self._project(x), cache, position, self.plan))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        heads: Tensor = self.qkv(self.norm(x))  # (B, S, 3 C)
+        heads = heads.view(*x.shape[:2], 3, self.n_heads, -1)  # (B, S, 3, H, D)
+        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, S, D) each
+        return q, k, v
+
+    def _add(self, x: Tensor, attended: Tensor) -> Tensor:
+        branch: Tensor = self.out(attended.transpose(1, 2).flatten(2))  # (B, S, C)
+        return x + branch
+
+
+class MLPResblock(nn.Module):
+    """x + W_2 GELU(W_1 LN(x)), four times as wide inside."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.d_model, eps=LAYER_NORM_EPS)
+        self.expand = nn.Linear(config.d_model, 4 * config.d_model)
+        self.contract = nn.Linear(4 * config.d_model, config.d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Runs any slots, (B, S, C) -> (B, S, C)."""
+        branch: Tensor = self.expand(self.norm(x))  # (B, S, 4 C)
+        # settled: GELU as x * sigmoid(1.702 x), Child et al. 5.2; silu(x) is x * sigmoid(x) in one kernel.
+        branch = self.contract(F.silu(1.702 * branch) / 1.702)  # (B, S, C)
+        return x + branch
+
+
+class Layer(nn.Module):
+    """An attention resblock, then an MLP resblock, both pre-LN.
+
+    settled: in sequence, H + a + ff(LN(H + a)), which is also what Child et al. 5.2 write: their b = ff(LN(H
+    + a)) sees the attention's output, and H + a + b is the plain sequential sum. There is no dropout: the
+    paper names none.
+    """
+
+    def __init__(self, config: TransformerConfig, plan: AttentionPlan) -> None:
+        super().__init__()
+        self.attention = AttentionResblock(config, plan)
+        self.mlp = MLPResblock(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Runs the whole stream, (B, S, C) -> (B, S, C)."""
+        x = self.attention(x)
+        x = self.mlp(x)
+        return x
+
+
+class Transformer(nn.Module):
+    """p(text, image) as one autoregressive stream. Source: section 2.2, appendix B.1, figure 10."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.d_model
+        self.start = nn.Embedding(1, width)  # BOS
+        self.text_token = nn.Embedding(config.n_text_vocab, width)
+        self.text_position = nn.Embedding(config.n_text_tokens, width)
+        self.text_pad = nn.Embedding(config.n_text_tokens, width)  # one pad per text position
+        self.image_token = nn.Embedding(config.n_image_vocab, width)
+        self.image_row = nn.Embedding(config.grid_size, width)
+        self.image_column = nn.Embedding(config.grid_size, width)
+        kinds = layer_kinds(config.n_layers, config.layers)
+        plans = {
+            kind: AttentionPlan(kind, config.n_text_tokens, config.grid_size, config.conv_kernel)
+            for kind in set(kinds)
+        }
+        self.layers = nn.ModuleList(Layer(config, plans[kind]) for kind in kinds)
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        # settled: two heads, not one over all ids, untied from the embeddings, no biases; a slot can then
+        # never predict an id of the wrong kind, and each head runs only on its own segment.
+        self.text_head = nn.Linear(width, config.n_text_ids, bias=False)
+        self.image_head = nn.Linear(width, config.n_image_vocab, bias=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draws all weights anew. Source: Child et al. 2019, sections 5.2 and 6.
+
+        settled: DALL·E's own is not given (footnote 8: alternatives did not help). Heads start at zero, so
+        the first losses are exactly ln V and ln K.
+        """
+        width = self.config.d_model
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.125 / math.sqrt(module.in_features), generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.125 / math.sqrt(width), generator=generator)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+        for position in (self.image_row, self.image_column):  # two position terms share a slot
+            position.weight /= math.sqrt(2)
+        for layer in cast(Iterable[Layer], self.layers):
+            for output in (layer.attention.out, layer.mlp.contract):
+                output.weight /= math.sqrt(2 * self.config.n_layers)
+        nn.init.zeros_(self.text_head.weight)
+        nn.init.zeros_(self.image_head.weight)
+
+    def forward(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Gives the logits of every text and image token from all before it, in fp32.
+
+        `text` (B, T) ids 0 .. V - 1 with pads in place, `image` (B, N) ids 0 .. K - 1 in raster order, both
+        int64 -> text logits (B, T, V), image logits (B, N, K). Raises ValueError for other shapes, and on CPU
+        for other ids.
+        """
+        self._check_text(text)
+        self._check_image(image, (text.shape[0], self.config.n_image_tokens))
+        n_text = self.config.n_text_tokens
+        # The last image token is only a target.
+        x = torch.cat([self._embed_caption(text), self._embed_image(image[:, :-1])], dim=1)  # (B, S, C)
+        for layer in self.layers:
+            x = layer(x)
+        x = self.norm(x)
+        return _logits(self.text_head, x[:, :n_text]), _logits(self.image_head, x[:, n_text:])
+
+    def loss(self, text: Tensor, image: Tensor) -> Losses:
+        """Gives the joint cross-entropy of a batch in nats per token; arguments and errors as `forward`.
+
+        settled: pads are targets like other text tokens, as in other re-implementations. Source: section 2.2.
+        """
+        text_logits, image_logits = self(text, image)
+        text_loss = F.cross_entropy(text_logits.flatten(0, 1), text.flatten())
+        image_loss = F.cross_entropy(image_logits.flatten(0, 1), image.flatten())
+        return Losses(TEXT_WEIGHT * text_loss + IMAGE_WEIGHT * image_loss, text_loss, image_loss)
+
+    @torch.no_grad()
+    def prefill(self, text: Tensor) -> tuple[Tensor, KeyValueCache]:
+        """Reads captions (B, T) and gives the first image token's logits (B, K), and the cache for `step`.
+
+        Raises ValueError for another shape, and on CPU for ids out of range.
+        """
+        self._check_text(text)
+        x = self._embed_caption(text)  # (B, 1 + T, C)
+        caches = []
+        for layer in cast(Iterable[Layer], self.layers):
+            x, cache = layer.attention.prefill(x)
+            x = layer.mlp(x)
+            caches.append(cache)
+        return _logits(self.image_head, self.norm(x[:, -1])), KeyValueCache(caches)
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
+        """Reads the next image token of each row, (B,) int64, and gives the logits (B, K) of the one after.
+
+        The cache takes the tokens in. Raises ValueError for another batch size, when all N - 1 input tokens
+        were read, and on CPU for ids out of range.
+        """
+        position = cache.n_image_tokens
+        if position >= self.config.n_image_tokens - 1:
+            raise ValueError(
+                f"cache holds {position} image tokens; a picture has {self.config.n_image_tokens}, and"
+                " the last is never read: prefill again for another picture"
+            )
+        self._check_image(tokens, (cache.batch_size,))
+        x = self._embed_image(tokens[:, None], position)  # (B, 1, C)
+        for layer, layer_cache in zip(cast(Iterable[Layer], self.layers), cache.layers, strict=True):
+            x = layer.attention.step(x, layer_cache, position)
+            x = layer.mlp(x)
+        cache.n_image_tokens += 1
+        return _logits(self.image_head, self.norm(x[:, -1]))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes config.json and model.safetensors to `folder`."""
+        weights.save_component(Path(folder), self.config, self.state_dict())
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Reads what `save_pretrained` wrote, in fp32 on the CPU. Raises ValueError if it is damaged."""
+        config, tensors = weights.load_component(Path(folder), TransformerConfig)
+        with torch.device("meta"):  # no time spent on weights that are overwritten
+            model = cls(config)
+        model.to_empty(device="cpu")
+        weights.load_strict(model, tensors, "transformer")
+        return model
+
+    def _embed_caption(self, text: Tensor) -> Tensor:
+        """Embeds BOS and the text tokens, (B, T) -> (B, 1 + T, C)."""
+        n_vocab = self.config.n_text_vocab
+        tokens = self.text_token(text.clamp(max=n_vocab - 1)) + self.text_position.weight  # (B, T, C)
+        # A pad is one vector per position without a position term of its own (figure 10).
+        tokens = torch.where((text >= n_vocab)[..., None], self.text_pad.weight, tokens)
+        return torch.cat([self.start.weight.expand(len(text), 1, -1), tokens], dim=1)
+
+    def _embed_image(self, tokens: Tensor, start: int = 0) -> Tensor:
+        """Embeds image tokens from raster index `start` on, (B, n) -> (B, n, C)."""
+        positions = self.image_row.weight[:, None] + self.image_column.weight  # (G, G, C)
+        embedded: Tensor = self.image_token(tokens)  # (B, n, C)
+        return embedded + positions.flatten(0, 1)[start : start + tokens.shape[1]]
+
+    def _check_text(self, text: Tensor) -> None:
+        n_text, n_vocab = self.config.n_text_tokens, self.config.n_text_vocab
+        if text.ndim != 2 or text.shape[1] != n_text:
+            raise ValueError(
+                f"text has shape {tuple(text.shape)}; the model reads (batch, {n_text}): pad the captions"
+            )
+        if _is_checkable(text):
+            _check_range(text, "text", self.config.n_text_ids)
+            position = torch.arange(n_text, device=text.device)
+            misplaced = (text >= n_vocab) & (text != n_vocab + position)
+            if misplaced.any():
+                where = int(misplaced.any(0).nonzero()[0])
+                raise ValueError(
+                    f"text has another position's pad at position {where}; its pad id is {n_vocab + where}:"
+                    " pad with Tokenizer.pad"
+                )
+
+    def _check_image(self, image: Tensor, shape: tuple[int, ...]) -> None:
+        if tuple(image.shape) != shape:
+            raise ValueError(f"image tokens have shape {tuple(image.shape)}; the model reads {shape} here")
+        if _is_checkable(image):
+            _check_range(image, "image", self.config.n_image_vocab)
+
+
+def _logits(head: nn.Linear, x: Tensor) -> Tensor:
+    """Applies a head in fp32 whatever the model's dtype: 16-bit logits shift the loss (appendix D.2)."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.float(), head.weight.float())
+
+
+def _is_checkable(ids: Tensor) -> bool:
+    """Tells whether reading the ids is free: on a GPU it would wait for all queued work."""
+    return ids.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_range(ids: Tensor, name: str, n_ids: int) -> None:
+    if ids.numel() == 0:
+        return
+    low, high = (int(x) for x in ids.aminmax())
+    if low < 0 or high >= n_ids:
+        wrong = low if low < 0 else high
+        raise ValueError(
+            f"{name} has id {wrong}; the model knows 0 .. {n_ids - 1}: is this its own tokenizer?"
+        )

@@ -1,0 +1,390 @@
+"""read_pairs: five layouts, one meaning; what is bad is listed, never dropped unseen."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+from PIL import Image
+
+from dalle.data.pairs import BadSample, BadSampleLog, PairSet, read_pairs
+
+COLOURS = {"a": "red", "b": "green", "c": "blue"}
+CAPTIONS = {name: (f"a {colour} picture", f"{colour} only") for name, colour in COLOURS.items()}
+
+
+def picture(colour: str) -> bytes:
+    data = io.BytesIO()
+    Image.new("RGB", (4, 4), colour).save(data, "PNG")
+    return data.getvalue()
+
+
+def write_pictures(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, colour in COLOURS.items():
+        (folder / f"{name}.png").write_bytes(picture(colour))
+
+
+def write_folder(folder: Path) -> Path:
+    write_pictures(folder)
+    for name, captions in CAPTIONS.items():
+        (folder / f"{name}.txt").write_text("\n".join(captions) + "\n")
+    return folder
+
+
+def write_jsonl(folder: Path) -> Path:
+    write_pictures(folder)
+    rows = [{"file_name": f"{name}.png", "captions": list(captions)} for name, captions in CAPTIONS.items()]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def write_csv(folder: Path) -> Path:
+    write_pictures(folder)
+    rows = [f'{name}.png,"{json.dumps(c).replace(chr(34), chr(34) * 2)}"' for name, c in CAPTIONS.items()]
+    (folder / "metadata.csv").write_text("\n".join(["file_name,captions", *rows]))
+    return folder
+
+
+def write_parquet(folder: Path) -> Path:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    write_pictures(folder)
+    columns = {
+        "file_name": [f"{name}.png" for name in CAPTIONS],
+        "captions": [list(c) for c in CAPTIONS.values()],
+    }
+    parquet.write_table(pyarrow.table(columns), folder / "metadata.parquet")
+    return folder
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, data in members:
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            archive.addfile(header, io.BytesIO(data))
+    return path
+
+
+def write_shards(folder: Path) -> Path:
+    for name, captions in CAPTIONS.items():
+        members = [(f"{name}.png", picture(COLOURS[name])), (f"{name}.txt", "\n".join(captions).encode())]
+        write_tar(folder / f"0000{name}.tar", members)
+    return folder
+
+
+def write_coco(folder: Path) -> Path:
+    write_pictures(folder / "val2017")
+    images = [
+        {"id": number, "file_name": f"{name}.png", "license": 4} for number, name in enumerate(CAPTIONS)
+    ]
+    captions = [(number, c) for number, name in enumerate(CAPTIONS) for c in CAPTIONS[name]]
+    tree = {"images": images, "annotations": [{"image_id": number, "caption": c} for number, c in captions]}
+    (folder / "annotations").mkdir()
+    (folder / "annotations" / "captions_val2017.json").write_text(json.dumps(tree))
+    (folder / "annotations" / "instances_val2017.json").write_text('{"images": [], "annotations": []}')
+    return folder
+
+
+WRITERS = [write_folder, write_jsonl, write_csv, write_parquet, write_shards, write_coco]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_every_layout_gives_the_same_captions_and_pictures(
+    tmp_path: Path, write: Callable[[Path], Path]
+) -> None:
+    pairs = read_pairs(write(tmp_path / "data"))
+    assert [pair.captions for pair in pairs] == list(CAPTIONS.values())
+    assert [pair.open().getpixel((0, 0)) for pair in pairs] == [(255, 0, 0), (0, 128, 0), (0, 0, 255)]
+    assert [pair.key[-5:] for pair in pairs] == ["a.png", "b.png", "c.png"]
+    assert pairs.bad == []
+    assert pickle.loads(pickle.dumps(pairs[0])) == pairs[0]
+
+
+def test_a_table_a_shard_and_a_coco_file_can_be_named_themselves(tmp_path: Path) -> None:
+    assert len(read_pairs(write_jsonl(tmp_path / "jsonl") / "metadata.jsonl")) == 3
+    assert [pair.key for pair in read_pairs(write_shards(tmp_path / "tar") / "0000a.tar")] == [
+        "0000a.tar/a.png"
+    ]
+    coco = write_coco(tmp_path / "coco")
+    by_file = read_pairs(coco / "annotations" / "captions_val2017.json")
+    assert by_file.fingerprint == read_pairs(coco).fingerprint
+    assert by_file[0].fields == {"license": 4}
+
+
+def test_nested_folders_give_unique_keys(tmp_path: Path) -> None:
+    write_folder(tmp_path / "one")
+    write_folder(tmp_path / "two" / "deep")
+    keys = [pair.key for pair in read_pairs(tmp_path)]
+    assert keys == [f"{f}/{name}.png" for f in ("one", "two/deep") for name in CAPTIONS]
+
+
+def test_metadata_keeps_splits_and_other_columns(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    (tmp_path / "metadata.csv").write_text(
+        "file_name,text,split,style\na.png,one,train,flat\nb.png,two,test,3d\nc.png,three,dev,flat\n"
+    )
+    pairs = read_pairs(tmp_path)
+    assert pairs.counts == {"dev": 1, "test": 1, "train": 1}
+    assert pairs.of_split("test")[0].fields == {"style": "3d"}
+    assert len(pairs.of_split("nothing")) == 0
+
+
+def test_shard_json_gives_captions_splits_and_fields(tmp_path: Path) -> None:
+    record = {"caption": "from json", "split": "test", "width": 4}
+    members = [("x/1.png", picture("red")), ("x/1.json", json.dumps(record).encode())]
+    members += [("x/2.png", picture("red")), ("x/2.caption", b"from caption"), ("x/2.pkl", b"never read")]
+    pairs = read_pairs(write_tar(tmp_path / "s.tar", members))
+    assert [(p.key, p.captions, dict(p.fields)) for p in pairs] == [
+        ("s.tar/x/1.png", ("from json",), {"width": 4}),
+        ("s.tar/x/2.png", ("from caption",), {}),
+    ]
+    assert pairs[0].split == "test"
+
+
+def test_hub_data_set_is_read_from_the_local_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "datasets--someone--pictures"
+    (home / "blobs").mkdir(parents=True)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("0" * 40)
+    snapshot = home / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    for file in write_jsonl(tmp_path / "plain").iterdir():
+        blob = home / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
+        blob.write_bytes(file.read_bytes())
+        os.symlink(os.path.relpath(blob, snapshot), snapshot / file.name)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    pairs = read_pairs("someone/pictures")
+    assert pairs.fingerprint == read_pairs(tmp_path / "plain").fingerprint
+    assert pairs[0].open().size == (4, 4)
+    with pytest.raises(ValueError, match="someone/nothing is no folder here, and as a data set of the Hub"):
+        read_pairs("someone/nothing")
+
+
+def test_missing_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not exist"):
+        read_pairs(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("name", ["picture.png", "notes.md", "odd.csv", "odd.json"])
+def test_no_captions_is_an_error_that_says_what_was_looked_for(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"{}" if name == "odd.json" else picture("red"))
+    with pytest.raises(ValueError, match=r"no captions found in .*metadata\.jsonl.*\.tar.*COCO.*\.txt"):
+        read_pairs(tmp_path)
+
+
+def test_a_table_without_a_caption_column_is_an_error_that_lists_its_columns(tmp_path: Path) -> None:
+    (tmp_path / "metadata.csv").write_text("file_name,label\na.png,3\n")
+    with pytest.raises(ValueError, match=r"no captions found: .* has columns file_name, label; it needs"):
+        read_pairs(tmp_path)
+
+
+def test_two_tables_in_one_folder_are_an_error(tmp_path: Path) -> None:
+    write_jsonl(tmp_path)
+    write_csv(tmp_path)
+    with pytest.raises(ValueError, match="holds 2 metadata tables; keep one"):
+        read_pairs(tmp_path)
+
+
+def test_bad_samples_of_a_folder_are_listed(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    (tmp_path / "README.txt").write_text("not a caption")
+    (tmp_path / "orphan.txt").write_text("no picture")
+    for name, caption in {"empty": b" \n", "latin": b"caf\xe9", "long": b"x" * 40_000}.items():
+        (tmp_path / f"{name}.png").write_bytes(picture("red"))
+        (tmp_path / f"{name}.txt").write_bytes(caption)
+    (tmp_path / "lonely.png").write_bytes(picture("red"))
+    (tmp_path / "zero.png").touch()
+    (tmp_path / "zero.txt").write_text("nothing in it")
+    pairs = read_pairs(tmp_path)
+    assert len(pairs) == 3
+    assert {sample.key: sample.reason.split(";")[0] for sample in pairs.bad} == {
+        "empty.png": "empty caption",
+        "latin.png": "the caption is not valid UTF-8",
+        "long.png": "the caption has 40000 characters",
+        "lonely.png": "no caption file lonely.txt beside it",
+        "orphan.txt": "missing image file beside this caption",
+        "zero.png": "the image file has 0 bytes",
+    }
+
+
+def test_bad_rows_of_a_table_are_listed(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "data")
+    (tmp_path / "out.png").write_bytes(picture("red"))
+    lines = [
+        b'{"file_name": "a.png", "text": "good"}',
+        b'{"file_name": "./a.png", "text": "again"}',
+        b'{"file_name": "../out.png", "text": "outside"}',
+        b'{"file_name": "/etc/hostname", "text": "absolute"}',
+        b'{"file_name": "gone.png", "text": "gone"}',
+        b'{"file_name": "b.png", "text": "caf\xe9"}',
+        b'{"file_name": "c.png", "text": "half a pair \\ud800"}',
+        b'{"file_name": "b.png", "text": null}',
+        b'{"file_name": "b.png", "label": 3}',
+        b'{"text": "no file name"}',
+        b"[1, 2",
+    ]
+    (tmp_path / "data" / "metadata.jsonl").write_bytes(b"\n".join(lines))
+    pairs = read_pairs(tmp_path / "data")
+    assert [pair.captions for pair in pairs] == [("good",)]
+    assert sorted(sample.reason.split(";")[0].split(":")[0] for sample in pairs.bad) == sorted(
+        [
+            "duplicate key",
+            "unsafe path '../out.png'",
+            "unsafe path '/etc/hostname'",
+            "missing image file",
+            "the caption is not valid UTF-8",
+            "the caption is not valid UTF-8",
+            "empty caption",
+            "no caption column",
+            "no file_name",
+            "not a JSON object",
+        ]
+    )
+    assert BadSample("metadata.jsonl:11", "not a JSON object") in pairs.bad
+
+
+def test_an_unquoted_comma_in_a_csv_caption_is_a_bad_sample_and_not_a_short_caption(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    (tmp_path / "metadata.csv").write_text('file_name,text\na.png,"red, round"\nb.png,green, round\n')
+    pairs = read_pairs(tmp_path)
+    assert [pair.captions for pair in pairs] == [("red, round",)]
+    assert pairs.bad == [BadSample("metadata.csv:3", "more cells than columns: quote captions with commas")]
+
+
+def test_unsafe_irregular_and_repeated_members_of_a_shard_are_listed(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+
+        def add(name: str, data: bytes = b"", kind: bytes = tarfile.REGTYPE) -> None:
+            header = tarfile.TarInfo(name)
+            header.size, header.type, header.linkname = len(data), kind, "/etc/passwd"
+            archive.addfile(header, io.BytesIO(data))
+
+        add("folder", kind=tarfile.DIRTYPE)
+        for name in ("good", "../up", "good"):
+            add(f"{name}.png", picture("red"))
+            add(f"{name}.txt", b"a caption")
+        add("link.png", kind=tarfile.SYMTYPE)
+        add("link.txt", b"a caption")
+        add("alone.txt", b"a caption")
+    pairs = read_pairs(tmp_path)
+    assert [pair.key for pair in pairs] == ["s.tar/good.png"]
+    assert pairs.bad == [
+        BadSample("s.tar/../up.png", "unsafe path"),
+        BadSample("s.tar/alone.txt", "missing image file beside this caption"),
+        BadSample("s.tar/good.png", "duplicate key"),
+        BadSample("s.tar/link.png", "not a regular file"),
+    ]
+
+
+@pytest.mark.parametrize("member", [".png", ".txt", ".json"])
+@pytest.mark.parametrize("within", ["header", "data", "before header"])
+def test_a_truncated_shard_keeps_the_whole_samples_before_the_cut(
+    tmp_path: Path, member: str, within: str
+) -> None:
+    parts = [(".png", picture("red")), (".txt", b"a caption"), (".json", b'{"width": 4}')]
+    whole = write_tar(tmp_path / "whole.tar", [(f"{n}{end}", data) for n in range(6) for end, data in parts])
+    with tarfile.open(whole) as archive:
+        offset = archive.getmember(f"3{member}").offset
+    cut = offset + {"header": 100, "data": 515, "before header": 0}[within]
+    (tmp_path / "cut.tar").write_bytes(whole.read_bytes()[:cut])
+    pairs = read_pairs(tmp_path / "cut.tar")
+    n_whole = 4 if member == ".json" and within != "data" else 3  # picture and caption are there
+    assert [pair.key for pair in pairs] == [f"cut.tar/{n}.png" for n in range(n_whole)]
+    assert [sample.key for sample in pairs.bad] == ["cut.tar"]
+    assert "truncated or damaged" in pairs.bad[0].reason
+
+
+def test_a_damaged_shard_among_whole_ones_is_one_bad_sample(tmp_path: Path) -> None:
+    write_shards(tmp_path)
+    (tmp_path / "0000d.tar").write_bytes(b"\x1f\x8b no tar at all")
+    (tmp_path / "0000e.tar").touch()
+    pairs = read_pairs(tmp_path)
+    assert len(pairs) == 3
+    assert [sample.key for sample in pairs.bad] == ["0000d.tar", "0000e.tar"]
+
+
+def test_coco_lists_missing_pictures_and_images_without_captions(tmp_path: Path) -> None:
+    write_coco(tmp_path)
+    path = tmp_path / "annotations" / "captions_val2017.json"
+    tree = json.loads(path.read_text())
+    tree["images"].append({"id": 7, "file_name": "gone.png"})
+    tree["annotations"] = [a for a in tree["annotations"] if a["image_id"] != 0] + [{"caption": "of nothing"}]
+    path.write_text(json.dumps(tree))
+    assert read_pairs(tmp_path).bad == [
+        BadSample("captions_val2017.json", "an annotation without image_id"),
+        BadSample("gone.png", "missing image file"),
+        BadSample("val2017/a.png", "no caption among the annotations"),
+    ]
+
+
+@pytest.mark.parametrize(("n", "held_out"), [(3, 0), (4, 1), (20, 5), (100, 8), (1000, 20)])
+def test_hash_holds_out_two_per_cent_but_eight_at_least_and_a_quarter_at_most(
+    tmp_path: Path, n: int, held_out: int
+) -> None:
+    members = [(f"{i}{end}", data) for i in range(n) for end, data in ((".png", b"not read"), (".txt", b"x"))]
+    pairs = read_pairs(write_tar(tmp_path / "s.tar", members))
+    assert pairs.counts.get("validation", 0) == held_out
+    assert sum(pairs.counts.values()) == n == len(pairs)
+    again = read_pairs(write_tar(tmp_path / "other" / "s.tar", members[::-1]))
+    assert again.of_split("validation").fingerprint == pairs.of_split("validation").fingerprint
+
+
+def test_fingerprint_tells_captions_splits_and_sizes_apart(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    prints = [read_pairs(tmp_path).fingerprint]
+    (tmp_path / "a.txt").write_text("another caption")
+    prints.append(read_pairs(tmp_path).fingerprint)
+    (tmp_path / "a.png").write_bytes(picture("red") + b"\0")
+    prints.append(read_pairs(tmp_path).fingerprint)
+    assert len(set(prints)) == 3
+    assert read_pairs(tmp_path).fingerprint == prints[-1]
+
+
+def test_a_corrupt_picture_is_found_on_opening(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    (tmp_path / "a.png").write_bytes(picture("red")[:40])
+    pairs = read_pairs(tmp_path)
+    with pytest.raises(ValueError, match=r"^a\.png: "):
+        pairs[0].open()
+    (tmp_path / "b.png").unlink()
+    with pytest.raises(ValueError, match=r"^b\.png: "):
+        pairs[1].open()
+
+
+def test_more_than_one_per_cent_of_bad_samples_is_an_error(tmp_path: Path) -> None:
+    pairs = read_pairs(write_folder(tmp_path))
+    one, two = BadSample("x", "empty caption"), BadSample("y", "missing image file")
+    PairSet(pairs.pairs, [one]).require_mostly_good()
+    with pytest.raises(
+        ValueError, match=r"2 of 5 samples are bad; at most 1\.0%.*x: empty caption; y: missing"
+    ):
+        PairSet(pairs.pairs, [one, two]).require_mostly_good()
+    with pytest.raises(ValueError, match="1 of 4 samples are bad"):
+        PairSet(pairs.pairs, [one]).require_mostly_good(limit=0)
+    PairSet(pairs.pairs, [one, two]).require_mostly_good(limit=0.5)
+
+
+def test_bad_sample_log_counts_keys_once_and_over_restarts(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "bad_samples.jsonl"
+    log = BadSampleLog(path, total=200)
+    log.add("a", "truncated")
+    log.add("a", "truncated")
+    log.add("b", "truncated")
+    with path.open("a") as file:
+        file.write('{"key": "torn')  # killed while writing
+    log = BadSampleLog(path, total=200)
+    assert len(log) == 2 and "b" in log
+    with pytest.raises(ValueError, match=r"3 of 200 samples are bad; at most 1\.0%.*bad_samples\.jsonl"):
+        log.add("c", "no PNG")
+    assert json.loads(path.read_text().splitlines()[-1]) == {"key": "c", "reason": "no PNG"}
+    assert len(BadSampleLog(path, total=200)) == 3

@@ -1,0 +1,139 @@
+"""The token store: exact, resumable, and apart for each dVAE, data set, crop and seed."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dalle import images
+from dalle.data.pairs import PairSet, read_pairs
+from dalle.data.shapes import write_shapes
+from dalle.data.tokens import TokenStore, encode_pairs
+from dalle.dvae import DiscreteVAE, DVAEConfig
+
+
+def make_dvae(seed: int = 0) -> DiscreteVAE:
+    torch.manual_seed(seed)
+    return DiscreteVAE(
+        DVAEConfig(
+            image_size=16,
+            n_codes=27,
+            quantizer="fsq",
+            fsq_levels=(3, 3, 3),
+            trunk="light",
+            d_hidden=8,
+            d_code=4,
+            n_blocks=1,
+        )
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> PairSet:
+    return read_pairs(write_shapes(tmp_path_factory.mktemp("shapes"), n=40, seed=1))
+
+
+class Killed(Exception):
+    pass
+
+
+def test_stored_tokens_equal_those_of_each_picture_encoded_alone(tmp_path: Path, pairs: PairSet) -> None:
+    dvae = make_dvae()
+    store = encode_pairs(pairs, dvae, tmp_path, crop="center", seed=0, batch_size=7)
+    assert store.tokens.shape == (40, 2, 2) and store.tokens.dtype == np.uint16
+    assert store.keys == [pair.key for pair in pairs]
+    assert store.valid.tolist() == list(range(40))
+    for pair, tokens in zip(pairs, store.tokens, strict=True):
+        with torch.inference_mode():
+            alone = dvae.encode(images.to_tensor([images.center_crop(pair.open(), 16)]))
+        assert alone[0].tolist() == tokens.tolist()
+
+
+def test_paper_crops_depend_on_seed_and_key_and_not_on_the_batch(tmp_path: Path, pairs: PairSet) -> None:
+    dvae = make_dvae()
+
+    def stored(folder: str, pairs: PairSet, seed: int, batch_size: int) -> list[list[list[int]]]:
+        made = encode_pairs(pairs, dvae, tmp_path / folder, crop="paper", seed=seed, batch_size=batch_size)
+        return made.tokens.tolist()
+
+    reference = stored("a", pairs, seed=3, batch_size=64)
+    assert stored("b", pairs, seed=3, batch_size=9) == reference
+    assert stored("c", pairs[5:], seed=3, batch_size=9) == reference[5:]
+    assert stored("d", pairs, seed=4, batch_size=9) != reference
+
+
+def test_a_killed_encoding_goes_on_where_it_stopped(tmp_path: Path, pairs: PairSet) -> None:
+    dvae = make_dvae()
+    whole = encode_pairs(pairs, dvae, tmp_path / "whole", crop="paper", seed=0, batch_size=2)
+
+    def kill_after(n_done: int, total: int) -> None:
+        if n_done >= 23:
+            raise Killed
+
+    with pytest.raises(Killed):
+        encode_pairs(
+            pairs, dvae, tmp_path / "killed", crop="paper", seed=0, batch_size=2, progress=kill_after
+        )
+    (folder,) = (tmp_path / "killed" / "tokens").iterdir()
+    with pytest.raises(ValueError, match="holds 16 of 40 pictures"):  # a flush every eighth batch
+        TokenStore(folder)
+    seen: list[int] = []
+    resumed = encode_pairs(
+        pairs,
+        dvae,
+        tmp_path / "killed",
+        crop="paper",
+        seed=0,
+        batch_size=2,
+        progress=lambda n_done, total: seen.append(n_done),
+    )
+    assert seen[0] == 18 and seen[-1] == 40
+    assert (resumed.folder / "tokens.npy").read_bytes() == (whole.folder / "tokens.npy").read_bytes()
+    assert resumed.folder.name == whole.folder.name
+
+
+def test_a_finished_store_is_not_encoded_again(tmp_path: Path, pairs: PairSet) -> None:
+    first = encode_pairs(pairs, make_dvae(), tmp_path, crop="center", seed=0)
+
+    def fail(n_done: int, total: int) -> None:
+        raise AssertionError("encoded again")
+
+    assert (
+        encode_pairs(pairs, make_dvae(), tmp_path, crop="center", seed=0, progress=fail).folder
+        == first.folder
+    )
+
+
+def test_another_dvae_data_set_crop_or_seed_makes_another_store(tmp_path: Path, pairs: PairSet) -> None:
+    stores = [
+        encode_pairs(pairs[:3], make_dvae(), tmp_path, crop="center", seed=0),
+        encode_pairs(pairs[:3], make_dvae(1), tmp_path, crop="center", seed=0),
+        encode_pairs(pairs[:4], make_dvae(), tmp_path, crop="center", seed=0),
+        encode_pairs(pairs[:3], make_dvae(), tmp_path, crop="paper", seed=0),
+        encode_pairs(pairs[:3], make_dvae(), tmp_path, crop="center", seed=1),
+    ]
+    assert len({store.folder for store in stores}) == 5
+    assert TokenStore(stores[3].folder).settings["crop"] == "paper"
+
+
+def test_corrupt_pictures_are_logged_and_left_out_of_valid(tmp_path: Path) -> None:
+    write_shapes(tmp_path / "data", n=20, seed=0)
+    broken = tmp_path / "data" / "000004.png"
+    broken.write_bytes(broken.read_bytes()[:50])
+    store = encode_pairs(read_pairs(tmp_path / "data"), make_dvae(), tmp_path / "run", crop="paper", seed=0)
+    assert store.valid.tolist() == [n for n in range(20) if n != 4]
+    assert '"key": "000004.png"' in (tmp_path / "run" / "bad_samples.jsonl").read_text()
+
+    (tmp_path / "data" / "000009.png").write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match="2 of 20 samples are bad"):
+        encode_pairs(read_pairs(tmp_path / "data"), make_dvae(), tmp_path / "run", crop="paper", seed=0)
+
+
+def test_mistakes_are_named(tmp_path: Path, pairs: PairSet) -> None:
+    with pytest.raises(ValueError, match="no pictures to encode"):
+        encode_pairs(PairSet(()), make_dvae(), tmp_path, crop="center", seed=0)
+    with pytest.raises(ValueError, match="seed is -1"):
+        encode_pairs(pairs, make_dvae(), tmp_path, crop="center", seed=-1)
+    with pytest.raises(ValueError, match="holds no token store"):
+        TokenStore(tmp_path)

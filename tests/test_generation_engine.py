@@ -1,0 +1,252 @@
+"""The engine: cached batched decoding against a slow twin that runs the whole stream again for every token."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from dalle.generation.engine import Batch, Engine, plan_batches
+from dalle.generation.options import GenerationOptions
+from dalle.generation.sampling import combine_guidance, sample, uniforms
+from dalle.transformer import Transformer, TransformerConfig
+
+N_VOCAB, N_TEXT, GRID, N_CODES = 20, 5, 4, 16
+N_TOKENS = GRID * GRID
+KINDS = ("row", "column", "conv", "dense")
+
+
+def build(layers: tuple[str, ...] = ("row", "column", "row", "conv")) -> Transformer:
+    config = TransformerConfig.model_validate(
+        {
+            "n_layers": len(layers),
+            "n_heads": 2,
+            "d_head": 8,
+            "n_text_tokens": N_TEXT,
+            "n_text_vocab": N_VOCAB,
+            "grid_size": GRID,
+            "n_image_vocab": N_CODES,
+            "conv_kernel": 3,
+            "layers": layers,
+        }
+    )
+    transformer = Transformer(config)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        # Wide weights: every token depends visibly on the caption, the tokens before it and its place.
+        for name, parameter in transformer.named_parameters():
+            if "norm" not in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.8)
+    return transformer
+
+
+def captions(n: int, seed: int = 0) -> Tensor:
+    """n captions of different lengths, padded: (n, T)."""
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(N_VOCAB, (n, N_TEXT), generator=generator)
+    pads = N_VOCAB + torch.arange(N_TEXT)
+    length = 1 + torch.arange(n)[:, None] % N_TEXT
+    return torch.where(torch.arange(N_TEXT) < length, text, pads)
+
+
+def slow_twin(
+    transformer: Transformer, text: Tensor, seed: int, options: GenerationOptions, known: Tensor | None = None
+) -> Tensor:
+    """One picture of one caption (T,), a full forward for every token: (G, G)."""
+    null = N_VOCAB + torch.arange(N_TEXT)
+    tokens = torch.zeros(1, N_TOKENS, dtype=torch.int64)
+    noise = uniforms(seed, N_TOKENS)
+    for position in range(N_TOKENS):
+        if known is not None and known[position] >= 0:
+            tokens[0, position] = known[position]
+            continue
+        with torch.no_grad():
+            logits = transformer(text[None], tokens)[1][:, position]
+            empty = transformer(null[None], tokens)[1][:, position]
+        tokens[0, position] = sample(
+            combine_guidance(logits, empty, options.guidance), noise[position : position + 1], options
+        )
+    return tokens.view(GRID, GRID)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached_decoding_equals_a_full_forward_every_step(kind: str) -> None:
+    transformer, text = build((kind, kind)), captions(2)
+    options = GenerationOptions()
+    drawn = Engine(transformer).generate(text, [5, 6, 7, 8], options)
+    expected = [slow_twin(transformer, text[row // 2], 5 + row, options) for row in range(4)]
+    assert torch.equal(drawn, torch.stack(expected))
+    assert len(drawn.unique()) > 4  # the model is no constant
+
+
+KNOWN_ROWS = torch.cat([torch.arange(2 * GRID) % N_CODES, torch.full((2 * GRID,), -1)])
+KNOWN_SCATTERED = torch.where(torch.arange(N_TOKENS) % 3 == 0, 9, -1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "known"),
+    [
+        ({"temperature": 0}, None),
+        ({"temperature": 0.6, "top_k": 5}, None),
+        ({"top_p": 0.6}, None),
+        ({"guidance": 2.5}, None),
+        ({"guidance": 0}, None),
+        ({}, KNOWN_ROWS),
+        ({"guidance": 3, "top_k": 6, "top_p": 0.9, "temperature": 0.8}, KNOWN_SCATTERED),
+    ],
+)
+def test_every_option_equals_its_slow_twin(settings: dict[str, float], known: Tensor | None) -> None:
+    transformer, text = build(), captions(2, seed=1)
+    options = GenerationOptions.model_validate(settings)
+    drawn = Engine(transformer).generate(text, [1, 2, 3, 4], options, known=known)
+    expected = [slow_twin(transformer, text[row // 2], 1 + row, options, known) for row in range(4)]
+    assert torch.equal(drawn, torch.stack(expected))
+
+
+def test_guidance_of_one_is_no_guidance_and_zero_ignores_the_caption() -> None:
+    engine, text = Engine(build()), captions(2)
+    plain = engine.generate(text, [0, 0])
+    assert torch.equal(plain, engine.generate(text, [0, 0], GenerationOptions(guidance=1)))
+    assert not torch.equal(plain[0], plain[1])
+    unguided = engine.generate(text, [0, 0], GenerationOptions(guidance=0))
+    assert torch.equal(unguided[0], unguided[1])
+
+
+def test_a_pictures_tokens_do_not_depend_on_its_neighbours_or_place() -> None:
+    engine, text = Engine(build()), captions(3)
+    together = engine.generate(text, [10, 11, 12, 13, 14, 15])
+    for row in range(6):
+        alone = engine.generate(text[row // 2 : row // 2 + 1], [10 + row])
+        assert torch.equal(alone[0], together[row])
+
+
+@pytest.mark.parametrize("rows_per_batch", [1, 2, 4, 5])
+def test_the_batch_size_does_not_change_the_tokens(rows_per_batch: int) -> None:
+    engine, text = Engine(build()), captions(3)
+    seeds = list(range(9))
+    options = GenerationOptions(guidance=2)
+    expected = engine.generate(text, seeds, options)
+    assert torch.equal(engine.generate(text, seeds, options, rows_per_batch=rows_per_batch), expected)
+
+
+def test_known_tokens_come_back_unchanged_and_the_rest_follows_them() -> None:
+    engine, text = Engine(build()), captions(1)
+    drawn = engine.generate(text, [0, 1], known=KNOWN_ROWS)
+    assert torch.equal(drawn.view(2, -1)[:, : 2 * GRID], KNOWN_ROWS[: 2 * GRID].expand(2, -1))
+    assert not torch.equal(drawn, engine.generate(text, [0, 1]))
+
+
+def test_a_wholly_known_picture_is_returned_as_it_is() -> None:
+    known = torch.arange(N_TOKENS) % N_CODES
+    drawn = Engine(build()).generate(captions(1), [0], known=known)
+    assert torch.equal(drawn.flatten(), known)
+
+
+def test_the_callback_sees_every_finished_row_of_every_batch() -> None:
+    seen: list[tuple[int, Tensor]] = []
+    text = captions(2)
+    drawn = Engine(build()).generate(
+        text, [0, 1], on_row_end=lambda row, tokens: seen.append((row, tokens)), rows_per_batch=1
+    )
+    assert [row for row, _ in seen] == [0, 1, 2, 3, 0, 1, 2, 3]
+    for call, (row, tokens) in enumerate(seen):
+        current = call // GRID
+        assert torch.equal(tokens[current, : row + 1], drawn[current, : row + 1])
+        assert bool((tokens[current, row + 1 :] == -1).all())
+    assert bool((seen[3][1][1] == -1).all())  # the second picture had not begun
+    assert torch.equal(seen[-1][1], drawn)
+
+
+def test_the_callback_cannot_change_the_drawing() -> None:
+    engine, text = Engine(build()), captions(1)
+    scribbled = engine.generate(text, [0], on_row_end=lambda row, tokens: tokens.fill_(3).sum() < 0)
+    assert torch.equal(scribbled, engine.generate(text, [0]))
+
+
+def test_returning_true_ends_the_run_with_the_rest_undrawn() -> None:
+    engine, text = Engine(build()), captions(2)
+    whole = engine.generate(text, [0, 1])
+    stopped = engine.generate(text, [0, 1], on_row_end=lambda row, tokens: row == 1, rows_per_batch=1)
+    assert torch.equal(stopped[0, :2], whole[0, :2])
+    assert bool((stopped[0, 2:] == -1).all()) and bool((stopped[1] == -1).all())
+
+
+def test_an_interrupt_leaves_the_engine_usable() -> None:
+    engine, text = Engine(build()), captions(1)
+    expected = engine.generate(text, [3])
+
+    def interrupt(row: int, tokens: Tensor) -> bool:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(text, [3], on_row_end=interrupt)
+    assert torch.is_grad_enabled()
+    assert torch.equal(engine.generate(text, [3]), expected)
+
+
+def test_generating_edits_neither_text_nor_known_nor_the_global_generator() -> None:
+    text, known, state = captions(2), KNOWN_ROWS.clone(), torch.get_rng_state()
+    before = text.clone()
+    Engine(build()).generate(text, [0, 1], GenerationOptions(guidance=2), known=known)
+    assert torch.equal(text, before) and torch.equal(known, KNOWN_ROWS)
+    del state  # build() draws from the global generator; generate() itself is checked below
+    engine = Engine(build())
+    state = torch.get_rng_state()
+    engine.generate(text, [0, 1])
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_training_still_works_after_sampling_with_the_same_model() -> None:
+    transformer, text = build(), captions(2)
+    image = Engine(transformer).generate(text, [0, 1]).flatten(1)
+    transformer.loss(text, image).total.backward()
+    assert all(parameter.grad is not None for parameter in transformer.parameters())
+
+
+def test_logits_that_are_not_numbers_are_an_error() -> None:
+    transformer = build()
+    with torch.no_grad():
+        transformer.norm.weight.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="NaN in row 0"):
+        Engine(transformer).generate(captions(1), [0])
+
+
+def test_batches_hold_whole_captions_or_parts_of_one() -> None:
+    assert plan_batches(5, 2, 4) == [
+        Batch(range(0, 2), range(0, 4)),
+        Batch(range(2, 4), range(4, 8)),
+        Batch(range(4, 5), range(8, 10)),
+    ]
+    assert plan_batches(2, 3, 2) == [
+        Batch(range(0, 1), range(0, 2)),
+        Batch(range(0, 1), range(2, 3)),
+        Batch(range(1, 2), range(3, 5)),
+        Batch(range(1, 2), range(5, 6)),
+    ]
+
+
+PADS = N_VOCAB + torch.arange(N_TEXT)
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds", "known", "message"),
+    [
+        (PADS, [0], None, r"text has shape \(5,\)"),
+        (PADS[None, :3], [0], None, r"text has shape \(1, 3\)"),
+        (PADS[None] + N_TEXT, [0], None, "text holds ids 25..29; the transformer knows 0..24"),
+        (PADS.repeat(2, 1), [0, 1, 2], None, "3 seeds for 2 captions"),
+        (PADS[None], [], None, "0 seeds for 1 captions"),
+        (PADS[None], [-1], None, "seeds are -1"),
+        (PADS[None], [2**63], None, "seeds are 9223372036854775808"),
+        (PADS[None], [0], torch.zeros(3, dtype=torch.int64), r"known has shape \(3,\)"),
+        (PADS[None], [0], torch.full((N_TOKENS,), N_CODES), "known holds 16..16; allowed are 0..15"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(
+    text: Tensor, seeds: list[int], known: Tensor | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Engine(build()).generate(text, seeds, known=known)
+
+
+def test_batches_of_no_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match="rows_per_batch is 0"):
+        Engine(build()).generate(captions(1), [0], rows_per_batch=0)
