@@ -29,6 +29,9 @@ check: $(STAMP)
 	$(MAKE) test
 	OMP_NUM_THREADS=$(TEST_THREADS) $(PY) -m pytest tests -q -m long
 
+bench: $(STAMP)
+	$(PY) benchmarks/speed.py
+
 # The stamp holds the folder that the editable install points at.
 ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
 $(STAMP): FORCE
@@ -40,4 +43,4 @@ $(STAMP): pyproject.toml constraints.txt
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
-	find dalle tests docs -name __pycache__ -type d -prune -exec rm -rf {} +
+	find dalle tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -83,15 +83,15 @@ def image_offsets(kind: str, grid: int, kernel: int) -> list[int]:
     if kernel < 1 or kernel % 2 == 0:
         raise ValueError(f"conv_kernel is {kernel}; it must be a positive odd number")
     if kind == "row":
-        offsets = range(grid + 1)  # the previous `grid` tokens: the last of them is the cell directly above
+        offsets: Sequence[int] = range(grid + 1)  # the last of them is the cell directly above
     elif kind == "column":
         offsets = range(0, grid * grid, grid)
     elif kind == "dense":
         offsets = range(grid * grid)
     else:
         reach = range(-(kernel // 2), kernel // 2 + 1)
-        return sorted({o for up in reach for left in reach if 0 <= (o := up * grid + left) < grid * grid})
-    return [offset for offset in offsets if offset < grid * grid]
+        offsets = sorted({up * grid + left for up in reach for left in reach})
+    return [offset for offset in offsets if 0 <= offset < grid * grid]
 
 
 def allowed_image_keys(kind: str, position: int, grid: int, kernel: int) -> list[int]:
@@ -150,7 +150,8 @@ class AttentionPlan:
         # How many grid rows above its own a query reaches; column layers are laid out transposed: none.
         self.n_rows_back = 0 if kind == "column" else min(math.ceil(largest / grid), grid - 1)
         self._made: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
-        self._reads: dict[int, slice | Tensor] = {}
+        self._step_keys: dict[tuple[int, torch.device], slice | Tensor] = {}
+        self._block_masks: dict[torch.device, object] = {}
 
     def mask(self, device: torch.device) -> Tensor:
         """Gives `dense_mask` on `device`, bool (S, S)."""
@@ -163,16 +164,29 @@ class AttentionPlan:
 
     def step_keys(self, position: int, device: torch.device) -> slice | Tensor:
         """Gives the image-cache entries that the token at `position` reads: a slice, or int64 indices."""
-        if position not in self._reads:
+        if (position, device) not in self._step_keys:
             keys = allowed_image_keys(self.kind, position, self.grid, self.kernel)
             stride = keys[-1] - keys[-2] if len(keys) > 1 else 1
             even = slice(keys[0], position + 1, stride)  # a slice copies nothing
             is_even = list(range(keys[0], position + 1, stride)) == keys
-            self._reads[position] = even if is_even else torch.tensor(keys, device="cpu")
-        reads = self._reads[position]
-        if isinstance(reads, slice):
-            return reads
-        return self._make(f"keys of {position}", device, torch.int64, lambda: reads)
+            self._step_keys[position, device] = even if is_even else torch.tensor(keys, device=device)
+        return self._step_keys[position, device]
+
+    def block_mask(self, device: torch.device) -> object:
+        """Gives the mask as FlexAttention's BlockMask, which lists the 128 x 128 tiles to visit."""
+        if device not in self._block_masks:
+            from torch.nn.attention.flex_attention import create_block_mask
+
+            mask = self.mask(device)
+
+            def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+                return mask[query, key]
+
+            with torch.inference_mode(False):
+                self._block_masks[device] = create_block_mask(
+                    sees, None, None, self.n_stream, self.n_stream, device=str(device)
+                )
+        return self._block_masks[device]
 
     def _draw_window_bias(self) -> Tensor:
         back, grid = self.n_rows_back, self.grid
@@ -211,7 +225,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
     if plan.kind == "dense" or n_stream <= plan.n_caption:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     is_whole = n_stream == plan.n_stream
-    if is_whole and q.device.type == "cuda" and n_stream >= FLEX_FROM_STREAM and _has_flex():
+    if is_whole and q.device.type == "cuda" and n_stream >= FLEX_FROM_STREAM and _has_flex(q.shape[3]):
         return flex_attention(q, k, v, plan)
     if is_whole and q.device.type == "cpu" and plan.grid >= SPLIT_FROM_GRID[plan.kind]:
         return split_attention(q, k, v, plan)
@@ -274,21 +288,13 @@ def _to_grid(x: Tensor, plan: AttentionPlan) -> Tensor:
 
 def flex_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
     """Attends through PyTorch's FlexAttention, which skips empty tiles, whole streams only."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    mask = plan.mask(q.device)
-
-    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return mask[query, key]
-
-    n_stream = plan.n_stream
-    block_mask = create_block_mask(sees, None, None, n_stream, n_stream, device=str(q.device))
-    return cast(Tensor, _compiled_flex()(q, k, v, block_mask=block_mask))
+    return cast(Tensor, _compiled_flex()(q, k, v, block_mask=plan.block_mask(q.device)))
 
 
 @functools.cache
-def _has_flex() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _has_flex(d_head: int) -> bool:
+    """Tells whether FlexAttention can be compiled; it has no heads narrower than 16."""
+    return d_head >= 16 and importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
@@ -356,10 +362,8 @@ def attend_step_(
     cache.image_keys[:, :, position] = k[:, :, 0]
     cache.image_values[:, :, position] = v[:, :, 0]
     allowed = plan.step_keys(position, q.device)
-    image_keys, image_values = (
-        cache.image_keys[:, :, allowed],
-        cache.image_values[:, :, allowed],
-    )  # (B, H, K, D)
+    image_keys = cache.image_keys[:, :, allowed]  # (B, H, K, D)
+    image_values = cache.image_values[:, :, allowed]  # (B, H, K, D)
 
     q = q * q.shape[-1] ** -0.5
     scores = torch.cat([q @ cache.caption_keys.mT, q @ image_keys.mT], dim=-1)  # (B, H, 1, 1 + T + K)

@@ -245,7 +245,7 @@ def encode(
     dvae = DallePipeline.from_pretrained(model).dvae.to(_device(device))
     with _rows_bar("encoding", as_json) as progress:
         store = encode_pairs(pairs, dvae, out, crop=crop, seed=seed, progress=progress)  # type: ignore[arg-type]
-    summary = {"folder": str(store.folder), "pictures": int(store.valid.sum()), "bad": int((~store.valid).sum())}
+    summary = {"folder": str(store.folder), "pictures": len(store.valid), "bad": len(store.keys) - len(store.valid)}
     if as_json:
         _print_json(summary)
     else:

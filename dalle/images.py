@@ -158,33 +158,35 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 def resize_area(
     pixels: npt.NDArray[np.uint8], height: int, width: int, *, align_corners: bool
-) -> npt.NDArray[np.float64]:
+) -> npt.NDArray[np.float32]:
     """Average (h, w, C) pixels over the box of each output pixel -> (height, width, C), not rounded.
 
     `align_corners` gives TensorFlow's `resize_area`: boxes of side (h - 1) / (height - 1) starting at
     multiples of it, the last one reaching past the edge, where the edge pixel repeats. Without it the boxes
     tile the picture.
     """
-    rows = _average_first_axis(pixels, height, align_corners)  # (height, w, C)
-    columns = _average_first_axis(rows.swapaxes(0, 1), width, align_corners)  # (width, height, C)
-    return columns.swapaxes(0, 1)  # (height, width, C)
+    rows = _average_axis(pixels, 0, height, align_corners)  # (height, w, C)
+    return _average_axis(rows, 1, width, align_corners)  # (height, width, C)
 
 
-def _average_first_axis(
-    values: npt.NDArray[np.uint8] | npt.NDArray[np.float64], n_out: int, align_corners: bool
-) -> npt.NDArray[np.float64]:
-    n_in = values.shape[0]
+def _average_axis(
+    values: npt.NDArray[np.uint8] | npt.NDArray[np.float32], axis: int, n_out: int, align_corners: bool
+) -> npt.NDArray[np.float32]:
+    n_in = values.shape[axis]
     scale = (n_in - 1) / (n_out - 1) if align_corners and n_out > 1 else n_in / n_out
     start = np.arange(n_out) * scale  # (n_out,) of each box, in input pixels
     end = start + scale
     first = np.floor(start).astype(np.int64)
-    total = np.zeros((n_out, *values.shape[1:]), dtype=np.float64)
+    along_axis = [n_out if i == axis else 1 for i in range(values.ndim)]
+    shape = [n_out if i == axis else side for i, side in enumerate(values.shape)]
+    total = np.zeros(shape, dtype=np.float32)
     for tap in range(math.ceil(scale) + 1):
         pixel = first + tap  # (n_out,)
-        weight = np.clip(np.minimum(pixel + 1, end) - np.maximum(pixel, start), 0.0, None)
-        total += weight.reshape(-1, *[1] * (values.ndim - 1)) * values[np.minimum(pixel, n_in - 1)]
-    averaged: npt.NDArray[np.float64] = total / scale
-    return averaged
+        share = np.clip(np.minimum(pixel + 1, end) - np.maximum(pixel, start), 0.0, None) / scale
+        if share.any():
+            weight = share.astype(np.float32).reshape(along_axis)
+            total += weight * values.take(np.minimum(pixel, n_in - 1), axis)
+    return total
 
 
 def _resize(square: Image.Image, side: int, *, align_corners: bool) -> Image.Image:

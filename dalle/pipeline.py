@@ -11,8 +11,7 @@ import logging
 import platform
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,6 +25,7 @@ from dalle.config import validate
 from dalle.dvae import DiscreteVAE
 from dalle.generation.engine import ROWS_PER_BATCH, Engine, plan_batches
 from dalle.generation.options import GenerationOptions
+from dalle.generation.precision import as_dtype, default_dtype, dtype_name, threads
 from dalle.generation.recipe import (
     Completion,
     Recipe,
@@ -49,14 +49,12 @@ from dalle.weights import (
     write_manifest,
 )
 
+__all__ = ["DallePipeline", "PipelineOutput", "bundled_folder", "check_fit", "default_dtype", "write_index"]
+
 logger = logging.getLogger(__name__)
 
 COMPONENTS = {"tokenizer": "Tokenizer", "dvae": "DiscreteVAE", "transformer": "Transformer"}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-DECODE_BATCH = (
-    16  # pictures that the dVAE decodes at once: its full-resolution activations are what fills memory
-)
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 HUB_FILES = ["*.json", "README.md", "tokenizer/*", "dvae/*", "transformer/*", "clip/*", "judge/*"]
 
 RowCallback = Callable[["DallePipeline", int, Tensor], bool | None]
@@ -100,7 +98,7 @@ class DallePipeline:
         self._model_sha256: str | None = None
         self._has_auto_dtype = False
 
-    # ---- load, save, place ------------------------------------------------------------------------------------
+    # Load, place, save
 
     @classmethod
     def from_pretrained(
@@ -116,7 +114,7 @@ class DallePipeline:
 
         Args:
             source: an existing folder wins over a Hub id of the same name.
-            dtype: of the transformer: "float32", "bfloat16", or "auto" for what `default_dtype` says of the device.
+            dtype: of the transformer: "float32", "bfloat16", or "auto": the device's `default_dtype`.
             device: where to put the model.
             revision: branch, tag or commit on the Hub.
             cache_dir: of the Hub; HF_HOME and HF_HUB_OFFLINE are honoured.
@@ -127,7 +125,7 @@ class DallePipeline:
         folder = _resolve(source, revision, cache_dir)
         if not (folder / "model_index.json").is_file():
             raise ValueError(
-                f"{folder} has no model_index.json: it is not a model folder, or its training has not finished"
+                f"{folder} has no model_index.json: it is no model folder, or its training has not finished"
             )
         verify_manifest(folder)
         defaults = _read_index(folder / "model_index.json")
@@ -139,18 +137,20 @@ class DallePipeline:
         )
         pipe.name = "bundled" if source is None else str(source)
         pipe._folder, pipe._model_sha256 = folder, file_sha256(folder / "manifest.json")
-        pipe._has_auto_dtype = dtype == "auto"
-        return pipe.to(device, None if dtype == "auto" else dtype)
+        return pipe.to(device, dtype)
 
     def to(self, device: str | torch.device, dtype: str | torch.dtype | None = None) -> DallePipeline:
-        """Moves the models; with `dtype` also casts the transformer, and a pipeline loaded as "auto" follows the device."""
+        """Moves the models and casts the transformer; "auto" takes the device's `default_dtype`."""
         device = torch.device(device)
         if dtype is not None:
-            self._has_auto_dtype = False
-        elif self._has_auto_dtype:
+            self._has_auto_dtype = dtype == "auto"
+        if self._has_auto_dtype:
             dtype = default_dtype(device)
-        self.transformer.to(device, None if dtype is None else _as_dtype(dtype))
-        # The dVAE stays in float32: it costs little, and a kept picture's tokens must not depend on the dtype.
+        target = self.dtype if dtype is None else as_dtype(dtype)
+        if target.itemsize > self.dtype.itemsize and self._folder is not None:
+            self.transformer = self._transformer_in(target)
+        self.transformer.to(device, target)
+        # The dVAE stays in float32: it costs little, and a kept picture's tokens must not depend on dtype.
         self.dvae.to(device)
         return self
 
@@ -171,7 +171,7 @@ class DallePipeline:
 
     @property
     def model_sha256(self) -> str:
-        """The sha256 of the model folder's manifest.json; of a model never saved, what saving it now would give."""
+        """The sha256 of the model folder's manifest.json; of an unsaved model, what saving would give."""
         if self._model_sha256 is None:
             with tempfile.TemporaryDirectory() as folder:
                 self._write(Path(folder))
@@ -224,7 +224,7 @@ class DallePipeline:
             write_bytes(folder / "README.md", card.read_bytes())
         write_index(folder, self.defaults)
 
-    # ---- draw -------------------------------------------------------------------------------------------------
+    # Draw
 
     def __call__(
         self,
@@ -249,16 +249,17 @@ class DallePipeline:
 
         Args:
             prompt: one caption or several.
-            num_candidates: drawn for each caption, of which CLIP keeps the best; as many as pictures when None.
+            num_candidates: drawn for each caption, of which CLIP keeps the best; None: as many as pictures.
             seed: 0..2**63-1; None takes a random one, found in the output.
-            temperature, top_k, top_p, guidance: as in `GenerationOptions`; None is the model's own default, and
+            temperature, top_k, top_p, guidance: see `GenerationOptions`; None is the model's own default,
                 top_k=0 and top_p=1 switch a default off.
             image: a picture to complete: its central square's top `keep_rows` rows of tokens are kept.
             keep_rows: 1..G grid rows (each 8 pixels of the model's picture size).
             truncate: cut captions longer than the model reads, and say so in log and recipe.
             output_type: "tokens" leaves out the pictures.
             progress: called with (grid rows done, of how many) over all batches.
-            callback_on_row_end: called with (pipe, grid row, tokens (R, G, G), -1 where not drawn yet); True stops.
+            callback_on_row_end: called with (pipe, grid row, tokens (R, G, G) with -1 where not drawn yet);
+                returning True stops the run, and finished pictures are returned.
             rows_per_batch: the most pictures drawn side by side; part of the recipe.
 
         Raises:
@@ -284,7 +285,7 @@ class DallePipeline:
             is_stopped = callback_on_row_end is not None and bool(callback_on_row_end(self, row, tokens))
             return is_stopped
 
-        tokens = self._draw(text, seeds, options, completion, on_row_end, rows_per_batch)
+        tokens = self._draw(self.transformer, text, seeds, options, completion, on_row_end, rows_per_batch)
         finished = [row for row in range(n_rows) if int(tokens[row].min()) >= 0]
         versions = Versions(dalle=__version__, torch=str(torch.__version__), python=platform.python_version())
         plans = batch_plans(plan, captions, seeds, rows_per_batch)
@@ -300,7 +301,7 @@ class DallePipeline:
                 truncate=truncate,
                 truncation=truncations[caption_of[row]],
                 tokens_sha256=tokens_sha256(tokens[row]),
-                dtype=_dtype_name(self.dtype),
+                dtype=dtype_name(self.dtype),
                 device=self.device.type,
                 threads=torch.get_num_threads(),
                 versions=versions,
@@ -322,10 +323,10 @@ class DallePipeline:
     def rerun(self, recipe: Mapping[str, object]) -> tuple[Image.Image, bool]:
         """Draws a picture again from its recipe and says whether the tokens agree with the recorded hash.
 
-        The whole recorded batch is sampled, with the recorded number of threads; the recorded tokens are only a hash.
+        The whole recorded batch is sampled, with the recorded number of threads.
 
         Raises:
-            ValueError: not a recipe, or one of another model or dtype.
+            ValueError: not a recipe, or one of another model.
         """
         plan = validate(Recipe, dict(recipe), "recipe")
         if plan.model_sha256 != self.model_sha256:
@@ -333,24 +334,34 @@ class DallePipeline:
                 f"recipe is of model {plan.model} ({plan.model_sha256[:12]}); this one is {self.name}"
                 f" ({self.model_sha256[:12]}): load the recipe's model"
             )
-        dtype = _dtype_name(self.dtype)
-        if plan.dtype != dtype:
-            raise ValueError(
-                f'recipe was drawn in {plan.dtype}; this model is in {dtype}: load it with dtype="{plan.dtype}"'
-            )
+        transformer = self._transformer_in(as_dtype(plan.dtype))
         batch, is_consistent = place_in_batch(plan)
         text, truncations = self._read(batch.captions, plan.truncate)
         is_consistent &= (
             truncations[batch.position * len(batch.captions) // len(batch.seeds)] == plan.truncation
         )
-        with _threads(plan.threads):
-            tokens = self._draw(text, batch.seeds, plan.options, plan.completion, None, len(batch.seeds))
+        with threads(plan.threads):
+            tokens = self._draw(
+                transformer, text, batch.seeds, plan.options, plan.completion, None, len(batch.seeds)
+            )
         drawn = tokens[batch.position]
         image = self._decode(drawn[None])[0]
         return image, is_consistent and tokens_sha256(drawn) == plan.tokens_sha256
 
+    def _transformer_in(self, dtype: torch.dtype) -> Transformer:
+        """The transformer in another dtype than it is held in, read again so that no digits are missing."""
+        if dtype == self.dtype:
+            return self.transformer
+        if self._folder is None:
+            raise ValueError(
+                f"recipe is of {dtype_name(dtype)}; this model is held in {dtype_name(self.dtype)} only:"
+                " load it from its folder"
+            )
+        return Transformer.from_pretrained(self._folder / "transformer").eval().to(self.device, dtype)
+
+    @staticmethod
     def _draw(
-        self,
+        transformer: Transformer,
         text: Tensor,
         seeds: Sequence[int],
         options: GenerationOptions,
@@ -359,7 +370,7 @@ class DallePipeline:
         rows_per_batch: int,
     ) -> Tensor:
         known = None if completion is None else torch.tensor(completion.known)
-        tokens = Engine(self.transformer).generate(
+        tokens = Engine(transformer).generate(
             text, seeds, options, known=known, on_row_end=on_row_end, rows_per_batch=rows_per_batch
         )
         return tokens.cpu()  # (R, G, G)
@@ -373,9 +384,15 @@ class DallePipeline:
             raise ValueError(
                 f"{missing} is missing; a completion needs image and keep_rows (1..{grid}): give both"
             )
+        if not isinstance(image, Image.Image):
+            raise ValueError(
+                f"image is {image!r}; it must be a PIL image: open it with dalle.images.open_image"
+            )
         if not is_count(keep_rows) or keep_rows > grid:
             raise ValueError(f"keep_rows is {keep_rows!r}; the model draws {grid} rows: choose 1..{grid}")
-        pixels = to_tensor([center_crop(image.convert("RGB"), self.dvae.config.image_size)])  # (1, 3, H, W)
+        rgba = image.convert("RGBA")
+        opaque = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+        pixels = to_tensor([center_crop(opaque, self.dvae.config.image_size)])  # (1, 3, H, W)
         with torch.no_grad():
             kept = self.dvae.encode(pixels.to(next(self.dvae.parameters()).device)).flatten()  # (N,)
         n_kept = keep_rows * grid
@@ -399,15 +416,12 @@ class DallePipeline:
 
     def _decode(self, tokens: Tensor) -> list[Image.Image]:
         device = next(self.dvae.parameters()).device
-        images: list[Image.Image] = []
         with torch.no_grad():
-            for part in tokens.split(DECODE_BATCH):
-                if len(part):
-                    images.extend(to_images(self.dvae.decode(part.to(device))))
-        return images
+            # One by one: the pixels, too, of a picture do not depend on its neighbours.
+            return [to_images(self.dvae.decode(one[None].to(device)))[0] for one in tokens]
 
 
-# ---- the model folder -----------------------------------------------------------------------------------------
+# The model folder
 
 
 def check_fit(tokenizer: Tokenizer, dvae: DiscreteVAE, transformer: Transformer) -> None:
@@ -436,21 +450,6 @@ def write_index(folder: Path, defaults: GenerationOptions) -> None:
     }
     write_json(folder / "model_index.json", index)
     write_manifest(folder, _files_to_verify(folder))  # last: without it the folder is not a model
-
-
-def default_dtype(device: str | torch.device) -> torch.dtype:
-    """bfloat16 on a GPU or CPU that computes in it natively, else float32."""
-    kind = torch.device(device).type
-    if kind == "cuda":
-        is_native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif kind == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        is_native = any(
-            capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16")
-        )
-    else:
-        is_native = False
-    return torch.bfloat16 if is_native else torch.float32
 
 
 def bundled_folder() -> Path:
@@ -501,7 +500,7 @@ def _read_index(path: Path) -> GenerationOptions:
 
 
 def _files_to_verify(folder: Path) -> list[str]:
-    """model_index.json and every component's files, those too that another tool put beside ours (clip/, judge/)."""
+    """model_index.json and the files of every component, other tools' too (clip/, judge/)."""
     found = [folder / "model_index.json"]
     for component in folder.iterdir():
         if component.is_dir() and component.name != "run" and not component.name.startswith("."):
@@ -510,30 +509,8 @@ def _files_to_verify(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in found]
 
 
-# ---- small parts ----------------------------------------------------------------------------------------------
-
-
-def _as_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    found = DTYPES.get(str(dtype).removeprefix("torch."))
-    if found is None:
-        raise ValueError(f"dtype is {dtype}; allowed are auto, {', '.join(DTYPES)}")
-    return found
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+# Small parts
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-@contextmanager
-def _threads(n: int) -> Iterator[None]:
-    """Runs PyTorch with n threads: their number decides how sums are split, and so how they round."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

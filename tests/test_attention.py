@@ -1,4 +1,4 @@
-"""Masks against the paper's figures, fast attention paths against the dense masked one, and the key-value cache."""
+"""Masks against the paper's figures, fast attention against the dense masked one, and the key-value cache."""
 
 import pytest
 import torch

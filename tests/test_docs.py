@@ -7,7 +7,9 @@ import re
 import shlex
 import tomllib
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -25,20 +27,16 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 def resolve(symbol: str) -> Any:
     """The object a dotted name stands for, fields of records included; LookupError where there is none."""
-    parts = symbol.split(".")
-    thing, rest = importlib.import_module(parts[0]), parts[1:]
-    while rest and isinstance(thing, type(ast)) and not hasattr(thing, rest[0]):
-        try:
-            thing = importlib.import_module(f"{thing.__name__}.{rest[0]}")
-        except ModuleNotFoundError as error:
-            raise LookupError(f"{symbol}: no {rest[0]} in {thing.__name__}") from error
-        rest = rest[1:]
+    first, *rest = symbol.split(".")
+    thing: Any = importlib.import_module(first)
     for name in rest:
         fields = {**getattr(thing, "model_fields", {}), **getattr(thing, "__dataclass_fields__", {})}
         if name in fields:
             thing = fields[name]
         elif hasattr(thing, name):
             thing = getattr(thing, name)
+        elif isinstance(thing, ModuleType) and find_spec(f"{thing.__name__}.{name}"):
+            thing = importlib.import_module(f"{thing.__name__}.{name}")
         else:
             raise LookupError(f"{symbol}: no {name} in {thing!r}")
     return thing

@@ -1,4 +1,4 @@
-"""The discrete VAE: the paper's numbers, its likelihood and bound, both quantizers, and what a user may rely on."""
+"""The discrete VAE: the paper's numbers, likelihood and bound, both quantizers, and what users rely on."""
 
 import itertools
 import math
@@ -46,6 +46,10 @@ def pictures(n: int, size: int = 16, seed: int = 0) -> Tensor:
 
 def one_hot(tokens: Tensor, n_codes: int) -> Tensor:
     return F.one_hot(tokens, n_codes).permute(0, 3, 1, 2).float()  # (B, K, G, G)
+
+
+def half_cosine(t: float, start: float, end: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * t)) / 2
 
 
 # --- the paper's architecture ---
@@ -143,7 +147,7 @@ def test_loss_is_the_papers_normalised_bound_by_hand() -> None:
         )
         p = torch.softmax(logits[b], dim=0)
         kl = (math.log(24) + (p * p.log()).sum(dim=0)).sum()
-        total += float((-density.log().sum() + beta * kl) / (3 * 16 * 16)) / 3
+        total += ((-density.log().sum() + beta * kl) / (3 * 16 * 16)).item() / 3
         assert 0 < kl < 4 * math.log(24)
     assert loss.item() == pytest.approx(total, rel=1e-5)
     assert loss.item() == pytest.approx((metrics["reconstruction"] + beta * metrics["kl"] * 4 / 768).item())
@@ -287,18 +291,20 @@ def test_gradient_reaches_every_parameter(name: str) -> None:
     assert not any(value.requires_grad or value.ndim for value in metrics.values())
 
 
-@pytest.mark.parametrize("name", ["light-gumbel", "light-fsq", "light-fsq-mse", "paper-gumbel"])
-def test_a_few_updates_lower_the_error_of_hard_reconstructions(name: str) -> None:
+@pytest.mark.parametrize("name", ["light-gumbel", "light-fsq", "light-fsq-mse"])
+def test_a_few_updates_put_the_pictures_into_the_hard_tokens(name: str) -> None:
     model = make(name)
-    images = pictures(8)[:, :, :1, :1].expand(8, 3, 16, 16)  # one colour each
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    images = torch.tensor([0.1, 0.9]).repeat(2).view(4, 1, 1, 1).expand(4, 3, 16, 16)  # dark and bright
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     generator = torch.Generator().manual_seed(0)
-    before = F.mse_loss(model.reconstruct(images), images).item()
-    for _ in range(60):
+    n_updates = 40
+    for update in range(n_updates):
+        temperature = half_cosine(update / n_updates, 1.0, 1 / 16)
         optimizer.zero_grad()
-        model.loss(images, temperature=0.5, kl_weight=0.0, generator=generator)[0].backward()
+        model.loss(images, temperature=temperature, kl_weight=0.0, generator=generator)[0].backward()
         optimizer.step()
-    assert F.mse_loss(model.reconstruct(images), images).item() < 0.5 * before
+    # the best that a model with one token can do is grey: 0.16
+    assert F.mse_loss(model.reconstruct(images), images).item() < 0.02
 
 
 @EVERY_CONFIG

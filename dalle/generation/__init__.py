@@ -1,1 +1,1 @@
-"""Drawing image tokens from a trained transformer: options, sampling, the engine, the recipe of a picture (paper §2.6)."""
+"""Drawing image tokens from a trained transformer (paper §2.6): options, sampling, engine, recipe."""

@@ -1,7 +1,8 @@
-"""The engine: a batch's captions are read once, then its pictures are drawn token by token, all rows together.
+"""The engine: a batch's captions are read once, then its pictures are drawn token by token, all together.
 
-Source: DALL·E §2.6; completion by forcing known tokens, blog and §3.3; guidance by a second set of rows (Ho & Salimans 2022).
-Shapes: B captions, T text tokens, R pictures (rows), N = G * G image tokens, K image tokens in the vocabulary.
+Source: DALL·E §2.6; completion by forcing known tokens, blog and §3.3; guidance by a second set of rows,
+Ho & Salimans 2022.
+Shapes: B captions, T text tokens, R pictures (rows), G grid side, N = G * G image tokens, K codes.
 """
 
 from __future__ import annotations
@@ -17,23 +18,24 @@ from dalle.generation.sampling import MAX_SEED, combine_guidance, sample, unifor
 from dalle.transformer import Transformer
 
 ROWS_PER_BATCH = 64  # pictures drawn side by side; guidance doubles the rows that the transformer sees
+MAX_ROWS_PER_BATCH = 1024  # a recipe names all of them
 
-# (row of the grid just finished, tokens (R, G, G) so far with -1 where nothing is drawn yet) -> True stops the run
+# (grid row just finished, tokens (R, G, G) so far with -1 where nothing is drawn yet) -> True stops the run
 RowCallback = Callable[[int, Tensor], bool | None]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows drawn together: each caption of `captions` has the same number of them, and `rows` counts over the call."""
+    """Pictures drawn side by side, the same number for each of `captions`; `rows` counts over the call."""
 
     captions: range
     rows: range
 
 
 def plan_batches(n_captions: int, n_per_caption: int, rows_per_batch: int = ROWS_PER_BATCH) -> list[Batch]:
-    """Splits a call into batches of at most `rows_per_batch` rows: whole captions, or parts of one caption's rows."""
-    if rows_per_batch < 1:
-        raise ValueError(f"rows_per_batch is {rows_per_batch}; it must be at least 1")
+    """Splits a call into batches of at most `rows_per_batch` rows: whole captions, or parts of one's rows."""
+    if not 1 <= rows_per_batch <= MAX_ROWS_PER_BATCH:
+        raise ValueError(f"rows_per_batch is {rows_per_batch}; choose 1..{MAX_ROWS_PER_BATCH}")
     if n_per_caption > rows_per_batch:
         batches = []
         for caption in range(n_captions):
@@ -52,7 +54,7 @@ def plan_batches(n_captions: int, n_per_caption: int, rows_per_batch: int = ROWS
 
 
 class Engine:
-    """Draws image tokens with one transformer; holds nothing else, so one engine serves any number of calls."""
+    """Draws image tokens with one transformer; it keeps nothing from call to call."""
 
     def __init__(self, transformer: Transformer) -> None:
         self.transformer = transformer
@@ -69,7 +71,9 @@ class Engine:
         on_row_end: RowCallback | None = None,
         rows_per_batch: int = ROWS_PER_BATCH,
     ) -> Tensor:
-        """Draws len(seeds) / B pictures for each of B captions; a picture's tokens depend on its caption and seed alone.
+        """Draws len(seeds) / B pictures for each of B captions.
+
+        A picture's tokens depend on its caption and seed alone, not on its neighbours (in float32).
 
         Args:
             text: (B, T) int64, padded caption tokens.
@@ -138,7 +142,7 @@ class Engine:
                 row = position // grid
                 if is_nan.item():  # looked at once a row: reading it makes a GPU wait
                     raise FloatingPointError(
-                        f"the transformer's logits are NaN in row {row}: load it in float32, or check its weights"
+                        f"the transformer's logits are NaN in row {row}: use float32, or check the weights"
                     )
                 if finish_row(row):
                     return True
@@ -156,16 +160,18 @@ class Engine:
         config = self.transformer.config
         if text.ndim != 2 or text.shape[0] == 0 or text.shape[1] != config.n_text_tokens:
             raise ValueError(
-                f"text has shape {tuple(text.shape)}; the transformer reads (captions, {config.n_text_tokens}): pad captions to that"
+                f"text has shape {tuple(text.shape)}; it must be (captions, {config.n_text_tokens}):"
+                " pad captions to that"
             )
         n_ids = config.n_text_vocab + config.n_text_tokens
         if int(text.min()) < 0 or int(text.max()) >= n_ids:
             raise ValueError(
-                f"text holds ids {int(text.min())}..{int(text.max())}; the transformer knows 0..{n_ids - 1}: use its own tokenizer"
+                f"text holds ids {int(text.min())}..{int(text.max())}; the transformer knows 0..{n_ids - 1}:"
+                " use its own tokenizer"
             )
         if not seeds or len(seeds) % len(text):
             raise ValueError(
-                f"{len(seeds)} seeds for {len(text)} captions; give the same number, at least 1, to each caption"
+                f"{len(seeds)} seeds for {len(text)} captions; give each caption the same number, at least 1"
             )
         if min(seeds) < 0 or max(seeds) > MAX_SEED:
             raise ValueError(
@@ -175,9 +181,10 @@ class Engine:
             return
         if tuple(known.shape) != (config.grid_size**2,):
             raise ValueError(
-                f"known has shape {tuple(known.shape)}; it must be ({config.grid_size**2},), one entry a token"
+                f"known has shape {tuple(known.shape)}; it must be ({config.grid_size**2},), one a token"
             )
         if int(known.min()) < -1 or int(known.max()) >= config.n_image_vocab:
             raise ValueError(
-                f"known holds {int(known.min())}..{int(known.max())}; allowed are 0..{config.n_image_vocab - 1}, and -1 to draw"
+                f"known holds {int(known.min())}..{int(known.max())};"
+                f" allowed are 0..{config.n_image_vocab - 1}, and -1 to draw"
             )

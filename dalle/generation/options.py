@@ -25,5 +25,5 @@ class GenerationOptions(Config):
     top_k: Annotated[int, Field(ge=1)] | None = None
     # Only the fewest tokens whose probabilities add up to p can be drawn; None: all.
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    # s in uncond + s * (cond - uncond); 1 is no guidance, 0 ignores the caption. Classifier-free guidance, Ho & Salimans 2022.
+    # s in uncond + s * (cond - uncond), Ho & Salimans 2022; 1 is no guidance, 0 ignores the caption.
     guidance: Annotated[float, Field(ge=0.0, le=100.0, allow_inf_nan=False)] = 1.0

@@ -1,6 +1,7 @@
 """Recipe: everything needed to draw a picture again, as it is stored in the picture's PNG.
 
-Drawing again means sampling again under the recorded batch plan; the tokens themselves are recorded only as a hash.
+Drawing again means sampling again under the recorded batch plan; of the drawn tokens it keeps only a hash.
+Shapes: G grid side, N = G * G image tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dalle.config import Config
-from dalle.generation.engine import ROWS_PER_BATCH, Batch
+from dalle.generation.engine import MAX_ROWS_PER_BATCH, ROWS_PER_BATCH, Batch
 from dalle.generation.options import GenerationOptions
 from dalle.generation.sampling import MAX_SEED
 
@@ -23,9 +24,9 @@ Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 class BatchPlan(Config):
     """The pictures drawn side by side with this one: their count decides how the matrix products round."""
 
-    captions: Annotated[tuple[str, ...], Field(min_length=1, max_length=1024)]
+    captions: Annotated[tuple[str, ...], Field(min_length=1, max_length=MAX_ROWS_PER_BATCH)]
     seeds: Annotated[
-        tuple[Seed, ...], Field(min_length=1, max_length=1024)
+        tuple[Seed, ...], Field(min_length=1, max_length=MAX_ROWS_PER_BATCH)
     ]  # those of the first caption first
     position: Annotated[int, Field(ge=0)]  # of this picture among `seeds`
     rows_per_batch: Annotated[int, Field(ge=1)] = ROWS_PER_BATCH  # the call's limit
@@ -54,7 +55,7 @@ class Versions(Config):
 
 
 class Recipe(Config):
-    """How one picture was drawn; `caption` and `seed` are this picture's, and the batch plan holds its neighbours' too."""
+    """How one picture was drawn."""
 
     format: Literal[1] = 1
     caption: str
@@ -77,7 +78,7 @@ class Recipe(Config):
 
 
 def tokens_sha256(tokens: Tensor) -> str:
-    """The hash by which two drawings are compared: over the tokens (G, G) in raster order as little-endian int32."""
+    """The hash that compares two drawings: of tokens (G, G) in raster order as little-endian int32."""
     return hashlib.sha256(tokens.detach().cpu().numpy().astype("<i4").tobytes()).hexdigest()
 
 
@@ -98,7 +99,7 @@ def batch_plans(
 
 
 def place_in_batch(recipe: Recipe) -> tuple[BatchPlan, bool]:
-    """The batch to draw again, with this picture's caption and seed in its place, and whether the recipe agrees with itself.
+    """The batch to draw again, with the recipe's caption and seed in place, and whether they were there.
 
     Raises:
         ValueError: the batch plan is impossible.
@@ -106,8 +107,8 @@ def place_in_batch(recipe: Recipe) -> tuple[BatchPlan, bool]:
     batch = recipe.batch
     if len(batch.seeds) % len(batch.captions) or batch.position >= len(batch.seeds):
         raise ValueError(
-            f"recipe has {len(batch.seeds)} seeds for {len(batch.captions)} captions and position {batch.position};"
-            " it was changed by hand: take the one stored in the picture"
+            f"recipe has {len(batch.seeds)} seeds for {len(batch.captions)} captions and position"
+            f" {batch.position}; it was changed by hand: take the one stored in the picture"
         )
     caption = batch.position * len(batch.captions) // len(batch.seeds)
     is_consistent = batch.captions[caption] == recipe.caption and batch.seeds[batch.position] == recipe.seed

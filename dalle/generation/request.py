@@ -1,4 +1,4 @@
-"""What a call asks for, checked: captions, numbers of pictures, seeds, settings. Every mistake is one clear ValueError."""
+"""What a call asks for, checked: captions, numbers of pictures, seeds, settings; mistakes are ValueErrors."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def count_images(num_images: int, num_candidates: int | None) -> int:
             f"num_candidates is {num_candidates!r}; it must be at least the {num_images} pictures kept"
         )
     raise ValueError(
-        f"num_candidates is {num_candidates} for {num_images} pictures; choosing among candidates needs a CLIP,"
-        " which this model lacks: leave num_candidates out"
+        f"num_candidates is {num_candidates} for {num_images} pictures; choosing among candidates needs a"
+        " CLIP, which this model lacks: leave num_candidates out"
     )
 
 
@@ -52,7 +52,7 @@ def read_options(
     top_p: float | None,
     guidance: float | None,
 ) -> GenerationOptions:
-    """The model's defaults with what the call sets; top_k=0 switches top-k off, for None means the default."""
+    """The model's defaults with what the call sets; top_k=0 switches it off, for None means the default."""
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
     settings = defaults.model_dump() | {name: value for name, value in given.items() if value is not None}
     if top_k == 0:

@@ -15,7 +15,7 @@ MAX_SEED = 2**63 - 1
 
 
 def uniforms(seed: int, n_tokens: int) -> Tensor:
-    """All the randomness of one picture: (n_tokens,) float64 on the CPU, in [0, 1), a function of the seed alone.
+    """All the randomness of one picture: (n_tokens,) float64 on the CPU, in [0, 1), from the seed alone.
 
     Raises:
         ValueError: the seed is not in 0..2**63-1.
@@ -46,7 +46,7 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Logits (B, K) with all at -inf but the fewest, most likely tokens whose probabilities reach p; at least one stays."""
+    """Logits (B, K) with all at -inf but the fewest most likely tokens whose probabilities reach p > 0."""
     ordered, indices = logits.sort(dim=-1, descending=True, stable=True)  # (B, K)
     probabilities = ordered.softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities  # what the more likely tokens hold already
@@ -71,7 +71,7 @@ def inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
     threshold = uniform.to(cdf.device, precise) * cdf[..., -1]  # (B,)
     # A parallel scan may round a flat stretch of the sum up by an ulp: hence the second condition.
     candidates = (cdf > threshold[..., None]) & (probabilities > 0)
-    # argmax of a mask is its first True. No True at all can only come from rounding at u ~ 1: then the most likely token.
+    # argmax of a mask is its first True. No True at all can only come from rounding at u ~ 1.
     first = candidates.to(torch.uint8).argmax(dim=-1)
     return torch.where(candidates.any(dim=-1), first, probabilities.argmax(dim=-1))
 

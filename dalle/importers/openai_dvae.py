@@ -32,8 +32,8 @@ N_GROUPS = 4  # of OpenAI's encoder and decoder
 def import_openai_dvae(encoder: Path, decoder: Path, out: Path, *, image_size: int = 256) -> None:
     """Write the model folder `out` (dvae/, model_index.json, manifest.json) from OpenAI's two files.
 
-    `image_size` in pixels is not stored in them; the published ones were trained at 256. ValueError for a file
-    that is not such a pickle, names anything outside `ALLOWED`, or does not fit the architecture.
+    `image_size` in pixels is not stored in them; the published ones were trained at 256. Raises ValueError
+    for a file that is not such a pickle, names anything outside `ALLOWED`, or does not fit the architecture.
     """
     encoder, decoder = Path(encoder), Path(decoder)
     tensors_of = {"encoder": read_module(encoder, "Encoder"), "decoder": read_module(decoder, "Decoder")}

@@ -12,11 +12,12 @@ from torch import Tensor
 from dalle import images
 from dalle.data.pairs import BadSampleLog, Pair
 from dalle.dvae import DiscreteVAE
+from dalle.evaluation.protocols import measure_reconstruction, reconstruct
+from dalle.evaluation.sheets import pairs_sheet, spread
 from dalle.training.optim import half_cosine
 from dalle.training.order import Order, rng
 from dalle.training.prefetch import Prefetch
 from dalle.training.recipe import Balance, DVAETraining
-from dalle.training.sheet import pairs_sheet
 
 SHEET_PICTURES = 16
 VALIDATION_BATCH = 32
@@ -62,7 +63,10 @@ class DVAEStage:
             try:
                 pictures.append(self._picture(epoch, index))
             except ValueError as error:
-                self.bad.add(self.train[index].key, str(error))
+                reason = str(error)
+                self.bad.add(self.train[index].key, reason)
+        if not pictures:
+            raise ValueError(f"no picture of a whole batch can be read, the last because: {reason}")
         return images.to_tensor(pictures).contiguous(memory_format=torch.channels_last)
 
     def _picture(self, epoch: int, index: int) -> Image:
@@ -91,27 +95,14 @@ class DVAEStage:
 
     def validate(self) -> dict[str, float]:
         """PSNR in dB (hard tokens, pooled error) and the share of codes used on held-out pictures."""
-        error, used = 0.0, set[int]()
-        for start in range(0, len(self.held_out), VALIDATION_BATCH):
-            batch = self.held_out[start : start + VALIDATION_BATCH].to(self.device)
-            tokens = self.model.encode(batch)
-            error += float((self.model.decode(tokens).float() - batch).square().sum())
-            used.update(tokens.unique().tolist())
-        mean = error / self.held_out.numel()
-        psnr = -10 * float(torch.log10(torch.tensor(max(mean, 1e-10))))
-        return {"psnr": psnr, "codes_used": len(used) / self.model.config.n_codes}
+        sums, _ = measure_reconstruction(self.model, torch.split(self.held_out, VALIDATION_BATCH))
+        assert sums.psnr is not None  # a stage without held-out pictures cannot be made
+        return {"psnr": sums.psnr, "codes_used": sums.codes_used}
 
     def sheet(self) -> Image:
         """Held-out pictures, each above its reconstruction from hard tokens."""
-        originals = self.held_out[:: max(1, len(self.held_out) // SHEET_PICTURES)][:SHEET_PICTURES]
-        copies = self.model.decode(self.model.encode(originals.to(self.device))).float().cpu()
-        return pairs_sheet(originals, copies)
-
-
-def spread(pairs: list[Pair], n: int) -> list[Pair]:
-    """At most `n` pairs, evenly from the whole list."""
-    step = max(1, len(pairs) / n)
-    return [pairs[int(index * step)] for index in range(min(n, len(pairs)))]
+        originals = self.held_out[spread(range(len(self.held_out)), SHEET_PICTURES)]
+        return pairs_sheet(originals, reconstruct(self.model, originals)[1])
 
 
 def load_all(pairs: list[Pair], read: Callable[[Pair], Image], bad: BadSampleLog) -> list[Image]:
@@ -121,5 +112,8 @@ def load_all(pairs: list[Pair], read: Callable[[Pair], Image], bad: BadSampleLog
         try:
             pictures.append(read(pair))
         except ValueError as error:
-            bad.add(pair.key, str(error))
+            reason = str(error)
+            bad.add(pair.key, reason)
+    if not pictures:
+        raise ValueError(f"no held-out picture can be read, the last because: {reason}")
     return pictures

@@ -256,9 +256,7 @@ def _save(run: Run, stage: str, model: nn.Module, state: dict[str, Tensor], inpu
 
 def _transformer_stage(run: Run, tokenizer: Tokenizer, dvae: DiscreteVAE) -> None:
     recipe, folder = run.recipe, run.out / "transformer"
-    store = encode_pairs(
-        run.pairs, dvae, run.folder / "tokens", crop=recipe.transformer_training.crop, seed=recipe.seed
-    )
+    store = encode_pairs(run.pairs, dvae, run.folder, crop=recipe.transformer_training.crop, seed=recipe.seed)
     given = _given(run, "transformer")
     inputs: dict[str, Any] = {
         "model": recipe.transformer.model_dump(mode="json"),
@@ -295,7 +293,7 @@ def _transformer_stage(run: Run, tokenizer: Tokenizer, dvae: DiscreteVAE) -> Non
 
 
 def _sequences(store: TokenStore, pairs: list[Any]) -> Sequences:
-    index = {key: position for position, key in enumerate(store.keys) if store.valid[position]}
+    index = {store.keys[row]: row for row in store.valid.tolist()}
     kept = [pair for pair in pairs if pair.key in index]
     return Sequences(kept, store.tokens[[index[pair.key] for pair in kept]])
 

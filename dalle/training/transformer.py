@@ -3,7 +3,7 @@
 Shapes: B batch, T text slots, N image tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -12,16 +12,16 @@ from torch import Tensor
 
 from dalle.data.pairs import Pair
 from dalle.dvae import DiscreteVAE
+from dalle.evaluation.protocols import decode, first_captions, measure_losses
+from dalle.evaluation.sheets import pairs_sheet, spread
 from dalle.generation.engine import Engine
 from dalle.generation.options import GenerationOptions
 from dalle.tokenizer import Tokenizer
 from dalle.training.order import Order, rng
 from dalle.training.recipe import Balance, TransformerTraining
-from dalle.training.sheet import pairs_sheet
 from dalle.transformer import Transformer
 
 SHEET_CAPTIONS = 16
-VALIDATION_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ class TransformerStage:
         self.device = next(model.parameters()).device
         self.order = Order(train.pairs, seed, balance)
         self.captions, self.n_truncated = fitting_captions(train.pairs, tokenizer)
-        self._validation = self._validation_batches()
+        self.validation_members = spread(range(len(held_out.pairs)), settings.n_validation)
+        self.sheet_members = spread(self.validation_members, SHEET_CAPTIONS)
 
     def batch(self, number: int) -> tuple[Tensor, Tensor]:
         """Text (B, T) and image tokens (B, N) of micro-batch `number`."""
@@ -87,41 +88,20 @@ class TransformerStage:
         losses = self.model.loss(*batch)
         return losses.total, {"text_loss": losses.text.detach(), "image_loss": losses.image.detach()}
 
-    def _validation_batches(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        count = min(self.settings.n_validation, len(self.held_out.pairs))
-        chosen = np.linspace(0, len(self.held_out.pairs) - 1, count).astype(int).tolist()
-        self.sheet_members = chosen[:: max(1, count // SHEET_CAPTIONS)][:SHEET_CAPTIONS]
-        text = np.stack([self._first_caption(index) for index in chosen])
-        image = np.stack([self.held_out.image(index) for index in chosen])
-        wrong = np.roll(text, 1 if count == 1 else count // 2, axis=0)  # each picture gets another one's caption
-        parts = [torch.from_numpy(array).to(self.device) for array in (text, wrong, image)]
-        return list(zip(*(part.split(VALIDATION_BATCH) for part in parts), strict=True))
-
-    def _first_caption(self, index: int) -> np.ndarray:
-        return self.tokenizer.pad(self.tokenizer.encode(self.held_out.pairs[index].captions[0], truncate=True))
+    def _held_out(self, members: list[int]) -> tuple[Tensor, Tensor]:
+        """First captions (M, T) and image tokens (M, N) of held-out pairs."""
+        text, _ = first_captions((self.held_out.pairs[index] for index in members), self.tokenizer)
+        return text, torch.from_numpy(np.stack([self.held_out.image(index) for index in members]))
 
     def validate(self) -> dict[str, float]:
         """Losses on held-out pairs in nats per token: with their captions, and with other pictures' captions."""
-        sums = dict.fromkeys(("text_loss", "image_loss", "image_loss_shuffled"), 0.0)
-        n_rows = 0
-        for text, wrong, image in self._validation:
-            losses = self.model.loss(text, image)
-            sums["text_loss"] += float(losses.text) * len(text)
-            sums["image_loss"] += float(losses.image) * len(text)
-            sums["image_loss_shuffled"] += float(self.model.loss(wrong, image).image) * len(text)
-            n_rows += len(text)
-        return {name: value / n_rows for name, value in sums.items()}
+        return asdict(measure_losses(self.model, *self._held_out(self.validation_members)))
 
     def sheet(self) -> Image:
         """One draw for each of some held-out captions, each below the reconstruction of its true picture."""
-        text = np.stack([self._first_caption(index) for index in self.sheet_members])
-        seeds = list(range(len(text)))
-        drawn = Engine(self.model).generate(torch.from_numpy(text).to(self.device), seeds, self.sampling)
-        true = np.stack([self.held_out.image(index).reshape(drawn.shape[1:]) for index in self.sheet_members])
-        true_pictures, draws = (
-            self.dvae.decode(tokens.to(self.device)).float().cpu() for tokens in (torch.from_numpy(true), drawn)
-        )
-        return pairs_sheet(true_pictures, draws)
+        text, image = self._held_out(self.sheet_members)
+        drawn = Engine(self.model).generate(text.to(self.device), range(len(text)), self.sampling)
+        return pairs_sheet(decode(self.dvae, image.view(drawn.shape)), decode(self.dvae, drawn))
 
 
 def fitting_captions(pairs: list[Pair], tokenizer: Tokenizer) -> tuple[list[tuple[str, ...]], int]:

@@ -1,4 +1,4 @@
-"""The words of the emoji set: a noun phrase for what is shown, the key of the object, measured colours, captions."""
+"""The words of the emoji set: noun phrases for what is shown, object keys, measured colours, captions."""
 
 import hashlib
 import re
@@ -11,18 +11,40 @@ from dalle.data.art.names import Emoji, split_tone
 from dalle.data.art.packages import Style
 
 _MASS_NOUNS = frozenset(
-    """bread rice fog ice milk butter salt cheese honey bacon sushi tofu meat cloud-computing water luggage baggage
-    customs money yarn thread broccoli garlic popcorn oden dango ramen spaghetti tempura sake tea coffee coal soap
-    jewelry lipstick hail snow lightning baseball badminton golf cricket softball bowling karate judo wrestling mail
-    fire currency curling skateboarding foggy cooking camping men women people children feet teeth mice geese""".split()
+    """
+    bread rice fog ice milk butter salt cheese honey bacon sushi tofu meat cloud-computing water luggage
+    baggage customs money yarn thread broccoli garlic popcorn oden dango ramen spaghetti tempura sake tea
+    coffee coal soap jewelry lipstick hail snow lightning baseball badminton golf softball bowling karate
+    judo wrestling mail fire currency skateboarding foggy cooking camping tennis wood hockey lacrosse pong
+    information maracas men women people children feet teeth mice geese
+    """.split()
 )
 _NO_PLURAL = re.compile(
-    r"(ss|us|is|as|os|lens|series|bus|gas|chess|canvas|compass|tennis|hibiscus|lotus|octopus|cactus|walrus|glass)$"
+    r"(ss|us|is|as|'s|os|lens|series|bus|gas|chess|canvas|compass|tennis|hibiscus|lotus|octopus|cactus|walrus|glass)$"
 )
 _PREPOSITIONS = "with|in|of|on|and|holding|facing|wearing|behind|without|over|for|at|to|from"
 _PROPER_NAMES = re.compile(
-    "(Japan|Mount|Moai|Statue|Tokyo|Santa|Mrs|Mx|Christmas|French|European|Mah|ATM|CD|DVD|DNA|ID|P |T-|Sagitt|Easter|Great)"
+    "Japan|Moai|Christmas|French|European|Mah|ATM|CD|DVD|DNA|ID|P |T-|Sagitt|Easter|Great"
 )
+# Names that no rule turns into a noun phrase.
+_PHRASES = {
+    "breast-feeding": "a woman breast-feeding",
+    "dashing away": "a dash cloud",
+    "dizzy": "dizzy stars",
+    "four leaf clover": "a four leaf clover",
+    "high voltage": "a high voltage sign",
+    "horse racing": "a horse race",
+    "locked": "a closed padlock",
+    "locked with key": "a closed padlock with a key",
+    "locked with pen": "a closed padlock with a pen",
+    "milky way": "the milky way",
+    "mount fuji": "Mount Fuji",
+    "palms up together": "palms up together",
+    "rolling on the floor laughing": "a face rolling on the floor laughing",
+    "skis": "skis",
+    "star-struck": "a star-struck face",
+    "unlocked": "an open padlock",
+}
 # Category words of the Unicode subgroups, where they say more than the name does.
 _CATEGORIES = {
     "face-smiling": "smiling face",
@@ -87,8 +109,9 @@ _CATEGORIES = {
 } | {
     word: word
     for word in (
-        "drink dishware hotel sport game clothing sound music phone computer money mail writing office lock tool "
-        "science medical household warning arrow punctuation currency keycap flag hands person family emotion heart"
+        "drink dishware hotel sport game clothing sound music phone computer money mail writing office lock "
+        "tool science medical household warning arrow punctuation currency keycap flag hands person family "
+        "emotion heart"
     ).split()
 }
 _COLOURS = {
@@ -111,20 +134,21 @@ _COLOURS = {
 
 
 def add_article(phrase: str) -> str:
-    """Put `a` or `an` before a noun phrase where English wants one: `apple` -> `an apple`, `bread` -> `bread`."""
+    """Put `a` or `an` before a noun phrase where English wants one: `an apple`, but `bread`."""
     if not phrase or re.match("(a|an|the|two|three|four|five|some|my) ", phrase):
         return phrase
     before = re.match(rf"^(.+?) (?:{_PREPOSITIONS})\b", phrase)  # the head noun stands before a preposition
     head = (before[1] if before else phrase).split()[-1].lower()
-    if head in _MASS_NOUNS or (head.endswith("s") and not _NO_PLURAL.search(head)):
+    is_person = re.match("(person|man|woman) ", phrase) is not None
+    if head in _MASS_NOUNS or (not is_person and head.endswith("s") and not _NO_PLURAL.search(head)):
         return phrase
-    if re.match("(hour|honest|heir)", phrase.lower()):
+    if re.match("(people|men|women) ", phrase):
+        return phrase
+    if re.match("(hour|honest|heir|x-)", phrase.lower()):
         return "an " + phrase
-    if re.match("(uni|use|eu|one|once|u[- ])", phrase.lower()):
+    if re.match("(uni|use|eu|ewe|one|once|u[- ])", phrase.lower()):
         return "a " + phrase
-    spelled_out = (
-        re.match("(SOS|SOON|OK|ON|UP!|END|AB|A |ATM|NG|M |X)", phrase) and phrase[0] in "AEIOFHLMNRSX"
-    )
+    spelled_out = re.match("(SOS|NG|M |X)", phrase)
     return ("an " if phrase[0].lower() in "aeiou" or spelled_out else "a ") + phrase
 
 
@@ -168,9 +192,19 @@ def _phrase_of(name: str, emoji: Emoji) -> str:
     if name.startswith("regional indicator "):
         return f"the letter {name[-1]}"
     name = re.sub(r"\s*\(.*?\)", "", name) or name
-    if emoji.group in ("flags", "symbols") or _PROPER_NAMES.match(name) or name[:2].isupper():
+    name = name.replace(": facing ", ", facing ")
+    if name in _PHRASES:
+        return _PHRASES[name]
+    if (emoji.subgroup == "math" and " " not in name) or name in ("radioactive", "biohazard", "prohibited"):
+        return f"the {name} sign"
+    if name == "restroom" or re.match("no [a-z-]+$", name):
+        return f"a {name} sign"
+    if re.match("(Tokyo|Statue)", name):
+        return f"the {name}"
+    if re.match("(Mount|Santa|Mrs|Mx) ?", name):
         return name
-    return add_article(name[0].lower() + name[1:])
+    keeps_case = emoji.group in ("flags", "symbols") or _PROPER_NAMES.match(name) or name[:2].isupper()
+    return add_article(name if keeps_case else name[0].lower() + name[1:])
 
 
 _SAME_OBJECTS = {
@@ -194,6 +228,9 @@ def object_key(label: str, labels: Collection[str]) -> str:
     for word, neutral in (("(?:wo)?man", "person"), ("(?:wo)?men", "people"), ("boy|girl", "child")):
         key = re.sub(rf"\b(?:{word})\b(?!')", neutral, key)
     key = re.sub("^(kiss|couple with heart): .*", r"\1", key)
+    key = re.sub(": facing (right|left)$", "", key)  # a mirror image
+    if key.startswith("family: "):
+        key = key.replace("adult", "person")
     if key.startswith(("person ", "people ")) and (neutral := key.partition(" ")[2]) in labels:
         key = neutral
     return _SAME_OBJECTS.get(key.lower(), key.lower())
@@ -243,7 +280,7 @@ def _an(word: str) -> str:
 def make_captions(emoji: Emoji, style: Style, colours: Sequence[str], name: str) -> list[str]:
     """Return three to six captions of different forms; the first is the primary `PHRASE, STYLE style`.
 
-    Which of the equal variants a picture gets hangs on its style and file name alone, never on a generator's state.
+    Which of the equal variants a picture gets hangs on its style and file name alone.
     """
     phrase = object_phrase(emoji)
 

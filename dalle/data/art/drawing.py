@@ -1,7 +1,7 @@
 """Reading the pictures of each package and drawing them on a white square.
 
-One scale holds for all pictures of a style, so that relative size inside the style is kept: a "small square" stays
-small. The scale is such that 85 % of the style's pictures fill at most 84 % of the canvas.
+One scale holds for all pictures of a style, so that relative size inside the style is kept: a "small square"
+stays small. The scale is such that 85 % of the style's pictures fill at most 84 % of the canvas.
 """
 
 import hashlib
@@ -36,6 +36,7 @@ class Drawing:
     svg: str = ""
     box: tuple[float, float, float, float] = (0, 0, 0, 0)  # left, top, width, height in SVG units
     path: Path | None = None
+    oversampling: int = 1
 
 
 def require_renderer(styles: Sequence[Style]) -> None:
@@ -55,7 +56,7 @@ def require_renderer(styles: Sequence[Style]) -> None:
 
 
 def read_drawings(style: Style, npm_folder: Path, names: EmojiNames, font: Path | None) -> list[Drawing]:
-    """Return all pictures of a style in a fixed order; `font` is the file of a style that is no npm package."""
+    """Return all pictures of a style in a fixed order; `font` is the file of a style without npm package."""
     if style.kind == "font":
         return list(
             _read_font(style, font if not style.package else npm_folder / style.package / style.path, names)
@@ -77,7 +78,8 @@ def _read_iconify(style: Style, source: Path, names: EmojiNames) -> Iterator[Dra
             continue
         box = (icon.get("left", 0), icon.get("top", 0), icon.get("width", width), icon.get("height", height))
         svg = icon["body"].replace("currentColor", "#000")
-        yield Drawing(style.name, name, names.describe(name, style.name), svg, box)
+        emoji = names.describe(name, style.name)
+        yield Drawing(style.name, name, emoji, svg, box, oversampling=style.oversampling)
 
 
 def _read_openmoji_svg(
@@ -97,7 +99,7 @@ def _read_openmoji_svg(
 
 
 def _read_font(style: Style, path: Path | None, names: EmojiNames) -> Iterator[Drawing]:
-    """Yield the outline of every emoji that the font draws as one glyph; fonts have no skin tones and no flags."""
+    """Yield the outline of every emoji that the font draws as one glyph, but for skin tones and flags."""
     import uharfbuzz
     from fontTools.pens.boundsPen import BoundsPen
     from fontTools.pens.svgPathPen import SVGPathPen
@@ -139,7 +141,7 @@ def draw(drawing: Drawing, scale: float, size: int) -> Image.Image:
     Raises ValueError when the picture cannot be drawn.
     """
     if drawing.path is None:
-        return _draw_svg(drawing, scale, size)
+        return _draw_svg(drawing, scale, size * drawing.oversampling).reduce(drawing.oversampling)
     picture = open_image(drawing.path)
     side = size * scale / max(picture.size)
     picture = picture.resize(

@@ -1,6 +1,6 @@
 """`build_emoji_set`: the open emoji art set as a folder of captioned pictures, drawn from npm packages.
 
-    OUT/metadata.jsonl         one row a picture: file_name, captions, split, style, object, licence, source ...
+    OUT/metadata.jsonl         one row a picture: file_name, captions, split, style, object, license ...
     OUT/images/STYLE/NAME.png  RGB on white
     OUT/README.md              card: counts, licences, attributions, sha256 of the training ids
 
@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -73,11 +74,11 @@ def build_emoji_set(
     """Draw the emoji set into the new folder `out` and return what it holds.
 
     size: side of the pictures in pixels, a multiple of 16. extra: sets to add (`openmoji`, `openmoji-black`,
-    `emojione-v1`: share-alike; `symbola` or `symbola=FILE`). npm_folder: a node_modules folder that holds the pinned
-    packages; without one they are fetched once by npm. n_workers: processes that draw, 1 for none beside this one;
-    more need a main module that can be imported, as for any use of `multiprocessing`.
+    `emojione-v1`: share-alike; `symbola` or `symbola=FILE`). npm_folder: a node_modules folder that holds the
+    pinned packages; without one they are fetched once by npm. n_workers: processes that draw (default: two);
+    1 draws in this one, more need a main module that can be imported, as all of `multiprocessing` does.
 
-    Raises ValueError when the folder is taken, the size or a set is not known, or a needed program is missing.
+    Raises ValueError when the folder is taken, a size or set is not known, or a program is missing.
     """
     say = progress or (lambda message: None)
     out = Path(out)
@@ -131,8 +132,8 @@ def _draw_all(
     report: BuildReport,
     say: Callable[[str], None],
 ) -> list[_Drawn]:
-    """Draw and save every picture; drop blanks, broken ones and all but the first of those with equal bytes."""
-    pool = ProcessPoolExecutor(n_workers, multiprocessing.get_context("spawn")) if n_workers > 1 else None
+    """Draw and save every picture; drop blanks, broken ones and all but the first of equal ones."""
+    pool = start_pool(n_workers) if n_workers > 1 else None
     run = map if pool is None else pool.map
     try:
         kept: list[_Drawn] = []
@@ -159,6 +160,22 @@ def _draw_all(
     finally:
         if pool is not None:
             pool.shutdown(cancel_futures=True)
+
+
+def start_pool(n_workers: int) -> ProcessPoolExecutor:
+    """Start processes that end with this one, even when it is killed: a pool's own workers would wait for ever."""
+    return ProcessPoolExecutor(n_workers, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _chunks(drawings: Sequence[Drawing]) -> list[Sequence[Drawing]]:
@@ -247,7 +264,7 @@ def _make_row(picture: _Drawn, style: Style, names: EmojiNames) -> _Row:
 
 
 def _split_rows(rows: Sequence[_Row], report: BuildReport) -> tuple[list[dict[str, object]], list[str]]:
-    """Return the metadata with splits, and the files of added pictures that are too near a held-out one to stay."""
+    """Return the metadata with splits, and the files of added pictures too near a held-out one."""
     default = [row for row in rows if row.is_default]
     added = [row for row in rows if not row.is_default]
     splits = assign_splits([row.item for row in default])
@@ -297,8 +314,9 @@ def _write_card(folder: Path, styles: Sequence[Style], size: int, report: BuildR
     lines = [
         "# Open emoji art set",
         "",
-        f"{report.splits.total()} pictures of {size} x {size} pixels, RGB on white, with three to six captions each, "
-        f"in {len(styles)} styles. Drawn by `dalle data emoji`; `metadata.jsonl` holds one row a picture.",
+        f"{report.splits.total()} pictures of {size} x {size} pixels, RGB on white, with three to six "
+        f"captions each, in {len(styles)} styles. Drawn by `dalle data emoji`; `metadata.jsonl` holds one "
+        "row a picture.",
         "",
         "| style | caption word | pictures | licence | npm package |",
         "|---|---|---|---|---|",
@@ -308,9 +326,10 @@ def _write_card(folder: Path, styles: Sequence[Style], size: int, report: BuildR
         "",
         *[f"- {name}: {count}" for name, count in sorted(report.splits.items())],
         "",
-        f"`combo` holds out an object in one style; in {report.n_hard_combos} of these pictures (`combo_hard`) no other "
-        "rendering of the same drawing is in train. `object` holds out objects in every style, `tone` single skin "
-        "tones. `nn_rmse` is the distance of a held-out picture to the nearest in train, at 16 x 16 RGB in [0, 1].",
+        f"`combo` holds out an object in one style; in {report.n_hard_combos} of these pictures "
+        "(`combo_hard`) no other rendering of the same drawing is in train. `object` holds out objects in "
+        "every style, `tone` single skin tones. `nn_rmse` is the distance of a held-out picture to the "
+        "nearest in train, at 16 x 16 RGB in [0, 1].",
         "",
         f"sha256 of the sorted training file names, one a line: `{report.train_sha256}`",
         "",
@@ -320,8 +339,8 @@ def _write_card(folder: Path, styles: Sequence[Style], size: int, report: BuildR
         "",
         "## Attributions",
         "",
-        "All pictures were rasterised and placed on white; names and keywords are from emojibase (MIT), after Unicode "
-        "CLDR.",
+        "All pictures were rasterised and placed on white; names and keywords are from emojibase (MIT), "
+        "after Unicode CLDR.",
         "",
         *credits,
         "",

@@ -1,7 +1,8 @@
 """From the file name of an emoji picture to its code points and its Unicode CLDR name, keywords and group.
 
-The packages name one emoji in a dozen spellings (`1f34e`, `red-apple`, `apple-1`, `redapple`). They are resolved
-through the names and short codes of emojibase, the name tables of the icon packages, and a list made by hand.
+The packages name one emoji in a dozen spellings (`1f34e`, `red-apple`, `apple-1`, `redapple`). They are
+resolved through the names and short codes of emojibase, the name tables of the icon packages, and a list made
+by hand.
 """
 
 import functools
@@ -23,6 +24,8 @@ _SHARED_CHARS = {
 _DIGITS = "zero one two three four five six seven eight nine".split()
 # Python's Unicode names grow with each release; later emoji are left out so that every Python resolves alike.
 _LAST_UNICODE = 14.0
+# `1f34e`, `23-fe0f-20e3`, but not the words `face` and `3d`.
+_CODE_POINTS = re.compile(r"(?=.*\d)(?=.{4})[0-9a-f]{2,6}([-_][0-9a-f]{2,6})*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -105,8 +108,10 @@ class EmojiNames:
         for key in self._chars.get(_SHARED_CHARS.get(style, style), {}).get(name, ()):
             if key in self.emoji:
                 return key
-        if code_key(name) in self.emoji and (len(name) > 3 or "-" in name):  # named by code point
-            return code_key(name)
+        if re.fullmatch(_CODE_POINTS, name):
+            for key in (code_key(name), f"{code_key(name)}-E007F"):  # some flags lack their end tag
+                if key in self.emoji:
+                    return key
         digit = re.fullmatch(r"(?:digit-)?(\w+)", name)
         if digit and digit[1] in _DIGITS and name.startswith("digit-"):
             return f"3{_DIGITS.index(digit[1])}-20E3"
@@ -143,12 +148,12 @@ class EmojiNames:
         return None
 
     def describe(self, name: str, style: str) -> Emoji | None:
-        """Return the emoji of a picture; of one that is no emoji, its file name as label; None if that says nothing."""
+        """Return the emoji of a picture; else its file name as the label; None where that says nothing."""
         found = self.find(name, style)
         if found is not None:
             return found
-        if re.fullmatch("[0-9a-fA-F-]{4,}", name):
-            return None  # a code point that has no name
+        if re.fullmatch(_CODE_POINTS, name):
+            return None  # an emoji that has no name
         label = re.sub(r" \d+$", "", name.replace("-", " ").replace("_", " "))
         if style == "fxemoji":
             label = self._words.split(name)
@@ -245,7 +250,7 @@ class _WordSplitter:
                 counts[word] += 3  # names are surer than keywords
             for word in re.findall("[a-z]+", " ".join(e.keywords).lower()):
                 counts[word] += 1
-        counts.update({word: 3 for word in _EXTRA_WORDS})
+        counts.update(dict.fromkeys(_EXTRA_WORDS, 3))
         short = {"a", "of", "in", "on", "up", "to", "at", "no", "tv", "cd", "ok", "pc", "id", "by", "or"}
         counts = Counter({word: n for word, n in counts.items() if len(word) > 2 or word in short})
         total = sum(counts.values())
@@ -275,12 +280,12 @@ class _WordSplitter:
 
 
 _EXTRA_WORDS = """
-icon printer folder fax page pages documents contact speaker modem cassette video button mouse pink wallet stamped
-raised oclock thirty fox heart tear joy guapi mao smile tongue scream fear grin sweat negative squared latin capital
-sideways index finger semicolon increase decrease font size three rays above below sleuth spy muted fish eye script
-bold ballot cancellation cross pennant missing hard soft shell floppy touch tone lightning mood bubble lower upper
-pencil minimize maximize ascend descend notched overlap portable ringing storm cartridge networked computers waitress
-turned wired womans unified ideograph clockwise
+icon printer folder fax page pages documents contact speaker modem cassette video button mouse pink wallet
+stamped raised oclock thirty fox heart tear joy guapi mao smile tongue scream fear grin sweat negative squared
+latin capital sideways index finger semicolon increase decrease font size three rays above below sleuth spy
+muted fish eye script bold ballot cancellation cross pennant missing hard soft shell floppy touch tone
+lightning mood bubble lower upper pencil minimize maximize ascend descend notched overlap portable ringing
+storm cartridge networked computers waitress turned wired womans unified ideograph clockwise
 """.split()
 
 
@@ -293,45 +298,48 @@ def _pairs(text: str) -> dict[str, str]:
 _SPELLINGS = _pairs(
     """
     aubergine 1F346 2hearts 1F495 anguish 1F627 aok 1F44C americasglobe 1F30E asiaaustraliaglobe 1F30F
-    europeafricaglobe 1F30D babyangel 1F47C crazy-face 1F92A beermug 1F37A clinkingbeermugs 1F37B exclamation-mark 2757
-    monkeyhearnoevil 1F649 monkeyseenoevil 1F648 monkeyspeaknoevil 1F64A poo 1F4A9 snowman 2603 ghost 1F47B robot 1F916
-    wineglass 1F377 cocktail 1F378 pizza 1F355 man-in-suit-levitating 1F574
-    man-in-suit-levitating-light-skin-tone 1F574-1F3FB man-in-suit-levitating-medium-light-skin-tone 1F574-1F3FC
-    man-in-suit-levitating-medium-skin-tone 1F574-1F3FD man-in-suit-levitating-medium-dark-skin-tone 1F574-1F3FE
-    man-in-suit-levitating-dark-skin-tone 1F574-1F3FF
+    europeafricaglobe 1F30D babyangel 1F47C crazy-face 1F92A beermug 1F37A clinkingbeermugs 1F37B
+    exclamation-mark 2757 monkeyhearnoevil 1F649 monkeyseenoevil 1F648 monkeyspeaknoevil 1F64A poo 1F4A9
+    snowman 2603 ghost 1F47B robot 1F916 wineglass 1F377 cocktail 1F378 pizza 1F355
+    man-in-suit-levitating 1F574 man-in-suit-levitating-light-skin-tone 1F574-1F3FB
+    man-in-suit-levitating-medium-light-skin-tone 1F574-1F3FC
+    man-in-suit-levitating-medium-skin-tone 1F574-1F3FD
+    man-in-suit-levitating-medium-dark-skin-tone 1F574-1F3FE man-in-suit-levitating-dark-skin-tone 1F574-1F3FF
     """
 )
-# fxemoji's own names. Its `cat`, `dog`, `pig` and `mouse` are faces; the whole animals are called `catside` and so on.
+# fxemoji's own names. Its `cat`, `dog`, `pig` and `mouse` are faces; whole animals are called `catside` ...
 _FXEMOJI = _pairs(
     """
-    cat 1F431 dog 1F436 pig 1F437 mouse 1F42D
-    pigside 1F416 dogside 1F415 catside 1F408 mouseside 1F401 bunnyside 1F407 leopardside 1F406 dragonside 1F409
-    dragonhead 1F432 chilipepper 1F336 confetti 1F38A evergreen 1F332 bolt 26A1 bride 1F470 bunny 1F430 cellphone 1F4F1
-    flexbicep 1F4AA heartblue 1F499 heartgreen 1F49A heartpurple 1F49C heartyellow 1F49B heartarrow 1F498 gma 1F475
-    gpa 1F474 guyguy 1F46C girlgirl 1F46D girlguy 1F46B hampster 1F439 headmassage 1F486 heels 1F460 monkeyhear 1F649
-    monkeysee 1F648 monkeyspeak 1F64A fishcakeswirl 1F365 grineyes 1F604 grinsquint 1F606 grinsweat 1F605
-    grintears 1F602 grinwide 1F603 frown 1F641 kisseyes 1F619 kissclosedeyes 1F61A screamfear 1F631 present 1F381
+    cat 1F431 dog 1F436 pig 1F437 mouse 1F42D pigside 1F416 dogside 1F415 catside 1F408 mouseside 1F401
+    bunnyside 1F407 leopardside 1F406 dragonside 1F409 dragonhead 1F432 chilipepper 1F336 confetti 1F38A
+    evergreen 1F332 bolt 26A1 bride 1F470 bunny 1F430 cellphone 1F4F1 flexbicep 1F4AA heartblue 1F499
+    heartgreen 1F49A heartpurple 1F49C heartyellow 1F49B heartarrow 1F498 gma 1F475 gpa 1F474 guyguy 1F46C
+    girlgirl 1F46D girlguy 1F46B hampster 1F439 headmassage 1F486 heels 1F460 monkeyhear 1F649 monkeysee 1F648
+    monkeyspeak 1F64A fishcakeswirl 1F365 grineyes 1F604 grinsquint 1F606 grinsweat 1F605 grintears 1F602
+    grinwide 1F603 frown 1F641 kisseyes 1F619 kissclosedeyes 1F61A screamfear 1F631 present 1F381
     pigsnout 1F43D perservere 1F623 dissapointedrelief 1F625 construct 1F477 bowing 1F647 acorn 1F330
     banknotedollar 1F4B5 banknoteeuro 1F4B6 banknotepound 1F4B7 banknoteyen 1F4B4 bookmarktab 1F4D1
-    bouquetofflowers 1F490 bullhorn 1F4E2 chartdownwardstrend 1F4C9 chartupwardstrend 1F4C8 chartupwardstrendyen 1F4B9
-    chineseflag 1F1E8-1F1F3 franceflag 1F1EB-1F1F7 greatbritainflag 1F1EC-1F1E7 italianflag 1F1EE-1F1F9
-    japanflag 1F1EF-1F1F5 koreaflag 1F1F0-1F1F7 spanishflag 1F1EA-1F1F8 russiaflag 1F1F7-1F1FA russianflag 1F1F7-1F1FA
-    usaflag 1F1FA-1F1F8 germanflag 1F1E9-1F1EA germanyflag 1F1E9-1F1EA fallingleaf 1F342 leaffluttering 1F343
-    forkknife 1F374 high5 1F64C handup 1F64B japaneseangrymask 1F479 leftmagnifyingglass 1F50D
-    rightmagnifyingglass 1F50E lockandkey 1F510 makeupbag 1F45D manltepiececlock 1F570 mantlepiececlock 1F570
-    mensrunner 1F45F mensshoe 1F45E mansshirt 1F454 nogesture 1F645 okgesture 1F646 handheldvideocamera 1F4F9
-    highspeedtrainbulletnose 1F685 heavyexclaimationmarksymbol 2757 doubleexclaimationmark 203C
-    exclaimationquestionmark 2049 eightspokedasterix 2733 frontfacingchick 1F425 notebookdecorativecover 1F4D4
-    openmailboxraised 1F4EC openmailboxlowered 1F4ED closedmailboxraised 1F4EB closedmailboxlowered 1F4EA
-    controlknob 1F39B controlknobs 1F39B diamondshapewithdotinside 1F4A0 envelopedownarrowabove 1F4E9
-    phonerightarrowleft 1F4F2 pinkwallet 1F45B onebuttonmouse 1F5B1 printericon 1F5A8 opticaldiscicon 1F4BF
-    blackquestionmark 2753 potablewatersystem 1F6B0 sleuthspy 1F575 smiletongue 1F61B anguish 1F627
-    videocasette 1F4FC sunraincloud 1F326 downpointingsmallredtrisngle 1F53B uppointingsmallredtrisngle 1F53A
-    whiteexclaimationmark 2755 toykotower 1F5FC silhouetteohjapan 1F5FE thoughtbaloon 1F4AD waningbibbousmoon 1F316
-    negativesquaredlatincaptiala 1F170 negativesquaredlatincaptialb 1F171 negativesquaredlatincaptialo 1F17E
-    saggitarius 2650 spurtingwhale 1F433 tennisball 1F3BE sixpointedstarwithdot 1F52F womansshirt 1F45A sandals 1F461
-    tigerside 1F405 smileeyes 1F60A sweatsplash 1F4A6 backwithleftwardsarrow 1F519 endwithleftwardsarrow 1F51A
-    onarrowleftright 1F51B soonwithrightarrow 1F51C topwithupwardsarrow 1F51D blackpushpin 1F4CC
+    bouquetofflowers 1F490 bullhorn 1F4E2 chartdownwardstrend 1F4C9 chartupwardstrend 1F4C8
+    chartupwardstrendyen 1F4B9 chineseflag 1F1E8-1F1F3 franceflag 1F1EB-1F1F7 greatbritainflag 1F1EC-1F1E7
+    italianflag 1F1EE-1F1F9 japanflag 1F1EF-1F1F5 koreaflag 1F1F0-1F1F7 spanishflag 1F1EA-1F1F8
+    russiaflag 1F1F7-1F1FA russianflag 1F1F7-1F1FA usaflag 1F1FA-1F1F8 germanflag 1F1E9-1F1EA
+    germanyflag 1F1E9-1F1EA fallingleaf 1F342 leaffluttering 1F343 forkknife 1F374 high5 1F64C handup 1F64B
+    japaneseangrymask 1F479 leftmagnifyingglass 1F50D rightmagnifyingglass 1F50E lockandkey 1F510
+    makeupbag 1F45D manltepiececlock 1F570 mantlepiececlock 1F570 mensrunner 1F45F mensshoe 1F45E
+    mansshirt 1F454 nogesture 1F645 okgesture 1F646 handheldvideocamera 1F4F9 highspeedtrainbulletnose 1F685
+    heavyexclaimationmarksymbol 2757 doubleexclaimationmark 203C exclaimationquestionmark 2049
+    eightspokedasterix 2733 frontfacingchick 1F425 notebookdecorativecover 1F4D4 openmailboxraised 1F4EC
+    openmailboxlowered 1F4ED closedmailboxraised 1F4EB closedmailboxlowered 1F4EA controlknob 1F39B
+    controlknobs 1F39B diamondshapewithdotinside 1F4A0 envelopedownarrowabove 1F4E9 phonerightarrowleft 1F4F2
+    pinkwallet 1F45B onebuttonmouse 1F5B1 printericon 1F5A8 opticaldiscicon 1F4BF blackquestionmark 2753
+    potablewatersystem 1F6B0 sleuthspy 1F575 smiletongue 1F61B anguish 1F627 videocasette 1F4FC
+    sunraincloud 1F326 downpointingsmallredtrisngle 1F53B uppointingsmallredtrisngle 1F53A
+    whiteexclaimationmark 2755 toykotower 1F5FC silhouetteohjapan 1F5FE thoughtbaloon 1F4AD
+    waningbibbousmoon 1F316 negativesquaredlatincaptiala 1F170 negativesquaredlatincaptialb 1F171
+    negativesquaredlatincaptialo 1F17E saggitarius 2650 spurtingwhale 1F433 tennisball 1F3BE
+    sixpointedstarwithdot 1F52F womansshirt 1F45A sandals 1F461 tigerside 1F405 smileeyes 1F60A
+    sweatsplash 1F4A6 backwithleftwardsarrow 1F519 endwithleftwardsarrow 1F51A onarrowleftright 1F51B
+    soonwithrightarrow 1F51C topwithupwardsarrow 1F51D blackpushpin 1F4CC
     """
     + "".join(f" clock{h}oclock {0x1F550 + h - 1:X} clock{h}thirty {0x1F55C + h - 1:X}" for h in range(1, 13))
 )

@@ -1,7 +1,7 @@
 """The drawing styles of the emoji set: where each comes from, its licence, its words; and how npm fetches it.
 
-Every version is pinned, so that two builds on two machines draw the same pictures. A style that belongs to no flag is
-in the default set; those are all free of share-alike terms. The other styles are added by name.
+Every version is pinned, so that two builds on two machines draw the same pictures. A style that belongs to no
+flag is in the default set; those are all free of share-alike terms. The other styles are added by name.
 """
 
 import json
@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +30,7 @@ class Style:
     licence: str  # SPDX id where there is one
     credit: str  # title, author, address: the attribution
     flag: str | None = None  # None: default set
+    oversampling: int = 1  # drawn this much larger, then averaged
 
 
 def _iconify(
@@ -65,7 +66,11 @@ STYLES: tuple[Style, ...] = (
         "CC-BY-4.0",
         "Twemoji, Twitter Inc. and contributors, https://github.com/jdecked/twemoji",
     ),
-    _iconify("fluent-emoji", "1.2.7", "fluent", ("fluent", "glossy fluent"), "MIT", _FLUENT),
+    # Its shadow filters harden the alpha of the edges: at twice the size, then averaged, they are smooth.
+    replace(
+        _iconify("fluent-emoji", "1.2.7", "fluent", ("fluent", "glossy fluent"), "MIT", _FLUENT),
+        oversampling=2,
+    ),
     _iconify(
         "fluent-emoji-flat", "1.2.6", "fluent", ("flat fluent", "fluent flat"), "MIT", _FLUENT + " (flat)"
     ),
@@ -188,9 +193,9 @@ _SYSTEM_FONTS = Path("/usr/share/fonts")
 
 
 def select_styles(extra: Sequence[str]) -> tuple[tuple[Style, ...], Path | None]:
-    """Return the default styles and those that `extra` names, in the order of STYLES, and the Symbola font file.
+    """Return the default styles and those that `extra` names, in order, and the Symbola font file.
 
-    `extra` holds flags of FLAGS; `symbola=FILE` names the font file, plain `symbola` looks under /usr/share/fonts.
+    `extra` holds flags of FLAGS; `symbola=FILE` names the font, plain `symbola` looks under /usr/share/fonts.
     Raises ValueError for an unknown flag or a font that is not there.
     """
     wanted = {flag.partition("=")[0] for flag in extra}
@@ -214,7 +219,7 @@ def _find_symbola(given: Path | None) -> Path:
     found = sorted(_SYSTEM_FONTS.rglob("Symbola*.ttf"))
     if not found:
         raise ValueError(
-            f"no Symbola*.ttf under {_SYSTEM_FONTS}: install the font (Debian: fonts-symbola) or give symbola=FILE"
+            f"no Symbola*.ttf under {_SYSTEM_FONTS}: install it (Debian: fonts-symbola) or give symbola=FILE"
         )
     return found[0]
 
@@ -265,6 +270,7 @@ def fetch_packages(styles: Iterable[Style], progress: Callable[[str], None] | No
 
     No install script of any package runs. Raises ValueError when npm is not there or fails.
     """
+    styles = tuple(styles)
     packages = needed_packages(styles)
     folder = cache_folder() / "npm"
     modules = folder / "node_modules"
@@ -287,4 +293,4 @@ def fetch_packages(styles: Iterable[Style], progress: Callable[[str], None] | No
     if done.returncode != 0:
         lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
         raise ValueError(f"npm install failed in {folder}: {lines[-1].strip() if lines else 'no message'}")
-    return check_packages(modules, [style for style in styles])
+    return check_packages(modules, styles)

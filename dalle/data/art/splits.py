@@ -2,8 +2,8 @@
 
 train   everything else
 object  1 % of the objects, held out in every style: an object never seen
-combo   2 % of the (object, style) pairs whose object is seen in at least three other styles: the paper's combination
-        of known concepts (sec. 3.3), one style an object, all its skin tones and gender variants together
+combo   2 % of the (object, style) pairs whose object is seen in at least three other styles, one style an
+        object, all its skin tones and gender variants together: known concepts combined anew (paper sec. 3.3)
 tone    2 % of the pictures with a skin tone
 
 The splits hang on hashes of names and on the default styles alone: adding a style moves no picture.
@@ -49,7 +49,7 @@ def _rank(tag: str, *parts: str) -> bytes:
 
 
 def assign_splits(items: Sequence[Item]) -> list[Split]:
-    """Return the split of each picture of the default styles, in order; the order of the items does not matter."""
+    """Return the split of each picture of the default styles; the order of the items does not matter."""
     styles: dict[str, set[str]] = defaultdict(set)
     families: dict[str, set[tuple[str, str]]] = defaultdict(set)
     for item in items:
@@ -105,8 +105,8 @@ def nearest_rmse(
 ) -> npt.NDArray[np.float64]:
     """Return for each query (Q, D) the RMSE to the nearest reference (R, D); inf where there is none.
 
-    The neighbour is found by one matrix product a chunk, its distance then computed anew: differences of large
-    squares would lose the small distances, which are the ones that count.
+    The neighbour is found by one matrix product a chunk, its distance then computed anew: differences of
+    large squares would lose the small distances, which are the ones that count.
     """
     best = np.full(len(queries), np.inf)
     for start in range(0, len(references), chunk):
@@ -123,7 +123,7 @@ def admit_extra(
     held_out_objects: Collection[str],
     held_out_thumbnails: npt.NDArray[np.float32],
 ) -> list[bool]:
-    """Return which pictures of added styles may be trained on: no held-out object, no near copy of a held-out picture.
+    """Return which added pictures may be trained on: no held-out object, no near copy of a held-out picture.
 
     thumbnails (M, D) and held_out_thumbnails (H, D): 16 x 16 RGB in [0, 1], flat.
     """

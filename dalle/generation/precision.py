@@ -1,0 +1,49 @@
+"""What a drawing is computed in: the dtype of the transformer's weights, and CPU threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def default_dtype(device: str | torch.device) -> torch.dtype:
+    """bfloat16 on a GPU or CPU that computes in it natively, else float32."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        is_native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif kind == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        is_native = any(
+            capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16")
+        )
+    else:
+        is_native = False
+    return torch.bfloat16 if is_native else torch.float32
+
+
+def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """The dtype of a name such as "bfloat16"; ValueError for one that is not offered."""
+    found = DTYPES.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise ValueError(f"dtype is {dtype}; allowed are auto, {', '.join(DTYPES)}")
+    return found
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name that `as_dtype` takes."""
+    return str(dtype).removeprefix("torch.")
+
+
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    """Runs PyTorch with n threads: their number decides how sums are split, and so how they round."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,32 @@
+"""Dtypes and threads of a drawing."""
+
+import pytest
+import torch
+
+from dalle.generation.precision import as_dtype, default_dtype, dtype_name, threads
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [({"avx512_bf16": True}, torch.bfloat16), ({"avx512_bf16": False, "avx2": True}, torch.float32)],
+)
+def test_the_default_dtype_is_bfloat16_only_where_the_cpu_has_it(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert default_dtype("cpu") == expected
+
+
+def test_dtypes_are_read_by_name_or_as_they_are() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        assert as_dtype(dtype) == as_dtype(dtype_name(dtype)) == dtype
+    with pytest.raises(ValueError, match="dtype is int8; allowed are auto, float32, bfloat16"):
+        as_dtype("int8")
+
+
+def test_the_number_of_threads_is_put_back_even_after_an_error() -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(KeyboardInterrupt), threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+        raise KeyboardInterrupt
+    assert torch.get_num_threads() == before

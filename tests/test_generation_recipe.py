@@ -1,0 +1,76 @@
+"""Recipe: what is stored with a picture, and the batch it names."""
+
+import json
+
+import pytest
+import torch
+
+from dalle.config import validate
+from dalle.generation.engine import plan_batches
+from dalle.generation.options import GenerationOptions
+from dalle.generation.recipe import (
+    BatchPlan,
+    Completion,
+    Recipe,
+    Versions,
+    batch_plans,
+    place_in_batch,
+    tokens_sha256,
+)
+
+BATCH = BatchPlan(captions=("a cat", "a dog"), seeds=(4, 5, 6, 7), position=2)
+RECIPE = Recipe(
+    caption="a dog",
+    seed=6,
+    index=2,
+    options=GenerationOptions(top_k=5),
+    batch=BATCH,
+    completion=Completion(keep_rows=1, known=(3, 3, -1, -1)),
+    dtype="float32",
+    device="cpu",
+    threads=1,
+    versions=Versions(dalle="0", torch="0", python="0"),
+    model="m",
+    model_sha256="0",
+    tokens_sha256="0",
+)
+
+
+def test_a_recipe_survives_json() -> None:
+    text = json.dumps(RECIPE.model_dump(mode="json"))
+    assert validate(Recipe, json.loads(text), "recipe") == RECIPE
+
+
+def test_a_recipe_with_a_key_missing_or_unknown_is_refused() -> None:
+    tree = RECIPE.model_dump(mode="json")
+    with pytest.raises(ValueError, match="recipe: seed is missing"):
+        validate(Recipe, {key: value for key, value in tree.items() if key != "seed"}, "recipe")
+    with pytest.raises(ValueError, match="sede is not a setting; did you mean seed"):
+        validate(Recipe, tree | {"sede": 1}, "recipe")
+
+
+def test_the_recipes_own_caption_and_seed_take_their_place_in_the_batch() -> None:
+    assert place_in_batch(RECIPE) == (BATCH, True)
+    changed = RECIPE.model_copy(update={"seed": 99, "caption": "a fox"})
+    batch, is_consistent = place_in_batch(changed)
+    assert batch.seeds == (4, 5, 99, 7) and batch.captions == ("a cat", "a fox")
+    assert not is_consistent
+
+
+@pytest.mark.parametrize("update", [{"position": 4}, {"seeds": (1, 2, 3)}])
+def test_a_batch_that_cannot_have_been_is_refused(update: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="it was changed by hand"):
+        place_in_batch(RECIPE.model_copy(update={"batch": BATCH.model_copy(update=update)}))
+
+
+def test_every_row_of_a_call_has_its_batch() -> None:
+    plans = batch_plans(plan_batches(3, 2, 4), ["a", "b", "c"], [0, 1, 2, 3, 4, 5], 4)
+    assert [plan.seeds[plan.position] for plan in plans] == [0, 1, 2, 3, 4, 5]
+    assert [plan.captions for plan in plans] == [("a", "b")] * 4 + [("c",)] * 2
+
+
+def test_the_hash_of_tokens_depends_on_values_and_order_not_on_type() -> None:
+    tokens = torch.tensor([[1, 2], [3, 4]])
+    assert tokens_sha256(tokens) == tokens_sha256(tokens.to(torch.int32))
+    assert tokens_sha256(tokens) != tokens_sha256(tokens.T)
+    assert tokens_sha256(tokens) == tokens_sha256(tokens.T.contiguous().T)
