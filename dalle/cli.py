@@ -19,9 +19,13 @@ data_app = typer.Typer(help="Look over and build data sets.", no_args_is_help=Tr
 app.add_typer(data_app, name="data")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-Model = Annotated[str | None, typer.Option("--model", help="Model folder or Hub id; the bundled model if left out.")]
+Model = Annotated[
+    str | None, typer.Option("--model", help="Model folder or Hub id; the bundled model if left out.")
+]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16.")]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or cuda:N; the first GPU if there is one.")]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda or cuda:N; the first GPU if there is one.")
+]
 
 
 def main() -> None:
@@ -57,7 +61,9 @@ def _one_line(error: BaseException) -> str:
 
 
 def _log_to_stderr(quiet: bool = False) -> None:
-    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.WARNING if quiet else logging.INFO, format="%(message)s", stream=sys.stderr
+    )
     for noisy in ("httpx", "httpx2", "httpcore", "huggingface_hub", "filelock", "PIL", "fontTools"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
@@ -72,7 +78,9 @@ def _device(name: str | None) -> Any:
     except RuntimeError:
         raise ValueError(f"device {name!r} is unknown: use cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r}: this machine has no CUDA GPU that torch can use: pass --device cpu")
+        raise ValueError(
+            f"device {name!r}: this machine has no CUDA GPU that torch can use: pass --device cpu"
+        )
     return device
 
 
@@ -96,12 +104,18 @@ def generate(
     captions: Annotated[list[str], typer.Argument(metavar="CAPTION...", help="What to draw.")],
     model: Model = None,
     n: Annotated[int, typer.Option("-n", help="Pictures a caption.")] = 4,
-    candidates: Annotated[int | None, typer.Option(help="Drawn a caption before ranking; needs a CLIP.")] = None,
+    candidates: Annotated[
+        int | None, typer.Option(help="Drawn a caption before ranking; needs a CLIP.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Picture i uses seed + i; -1 takes a random one.")] = 0,
     temperature: Annotated[float | None, typer.Option(help="0 draws the likeliest token.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Draw among the k likeliest tokens; 0: all.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Draw among the likeliest tokens that make up p.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="1: none; larger follows the caption more closely.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw among the likeliest tokens that make up p.")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="1: none; larger follows the caption more closely.")
+    ] = None,
     image: Annotated[Path | None, typer.Option(help="Complete this picture; with --keep-rows.")] = None,
     keep_rows: Annotated[int | None, typer.Option(help="Token rows kept from the top of --image.")] = None,
     truncate: Annotated[bool, typer.Option(help="Cut captions that are too long, and say so.")] = False,
@@ -188,11 +202,15 @@ def train(
     data: Annotated[str, typer.Argument(help="Folder, table, tar shards, COCO captions or Hub data set id.")],
     out: Annotated[Path, typer.Option(help="Model folder; the same command resumes.")],
     preset: Annotated[str, typer.Option(help="tiny, laptop, gpu, paper, or a .toml file.")] = "laptop",
-    stages: Annotated[str, typer.Option(help="all, or a comma list of tokenizer, dvae, transformer.")] = "all",
+    stages: Annotated[
+        str, typer.Option(help="all, or a comma list of tokenizer, dvae, transformer.")
+    ] = "all",
     init_from: Annotated[
         str | None, typer.Option(help="Start from these components: a model folder, or `bundled`.")
     ] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", metavar="K=V", help="Override a setting.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="K=V", help="Override a setting.")
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = None,
     quiet: Annotated[bool, typer.Option(help="No progress.")] = False,
@@ -245,7 +263,11 @@ def encode(
     dvae = DallePipeline.from_pretrained(model).dvae.to(_device(device))
     with _rows_bar("encoding", as_json) as progress:
         store = encode_pairs(pairs, dvae, out, crop=crop, seed=seed, progress=progress)  # type: ignore[arg-type]
-    summary = {"folder": str(store.folder), "pictures": len(store.valid), "bad": len(store.keys) - len(store.valid)}
+    summary = {
+        "folder": str(store.folder),
+        "pictures": len(store.valid),
+        "bad": len(store.keys) - len(store.valid),
+    }
     if as_json:
         _print_json(summary)
     else:
@@ -256,9 +278,15 @@ def encode(
 def evaluate(
     model: Annotated[str, typer.Argument(help="Model folder, Hub id, or `bundled`.")],
     data: Annotated[str, typer.Argument(help="Any data set that `dalle train` reads.")],
-    out: Annotated[Path, typer.Option(help="Folder for evaluation.json and the sheets.")] = Path("evaluation"),
-    splits: Annotated[str | None, typer.Option(help="Comma list; all that are not train if left out.")] = None,
-    limit: Annotated[int | None, typer.Option(help="At most this many pictures a split, spread evenly.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for evaluation.json and the sheets.")] = Path(
+        "evaluation"
+    ),
+    splits: Annotated[
+        str | None, typer.Option(help="Comma list; all that are not train if left out.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="At most this many pictures a split, spread evenly.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     device: Device = None,
     as_json: Json = False,
@@ -312,7 +340,9 @@ def import_checkpoint(
     kind: Annotated[str, typer.Argument(help="openai-dvae")],
     files: Annotated[list[Path], typer.Argument(help="For openai-dvae: encoder.pkl decoder.pkl")],
     out: Annotated[Path, typer.Option(help="Model folder to write.")],
-    allow_pickle: Annotated[bool, typer.Option(help="Read a pickle, through a restricted class list.")] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option(help="Read a pickle, through a restricted class list.")
+    ] = False,
 ) -> None:
     """Turn other people's checkpoints into a model folder."""
     _log_to_stderr()

@@ -201,6 +201,7 @@ def test_two_processes_draw_what_one_draws(
     assert build(tmp_path / "set", node_modules, n_workers=2) == built[1]
 
 
+@pytest.mark.long
 def test_drawing_processes_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "main.py"
     script.write_text(
@@ -214,7 +215,7 @@ def test_drawing_processes_end_when_their_parent_is_killed(tmp_path: Path) -> No
     )
     environment = os.environ | {"PYTHONPATH": str(Path(art.__file__).parents[3])}
     # The worker holds this pipe too: its end is read only once the worker is gone.
-    done = subprocess.run([sys.executable, str(script)], env=environment, stdout=subprocess.PIPE, timeout=60)
+    done = subprocess.run([sys.executable, str(script)], env=environment, stdout=subprocess.PIPE, timeout=200)
     assert (done.returncode, done.stdout) == (-signal.SIGKILL, b"drawing\n")
 
 

@@ -22,7 +22,8 @@ def n_right_colours(model: Path) -> int:
     """How many of 32 draws have the colour that their caption names, by the nearest of the four."""
     out = DallePipeline.from_pretrained(model)(CAPTIONS, num_images_per_prompt=N_DRAWS, seed=0)
     return sum(
-        nearest_colour(image) == caption.split()[1] for image, caption in zip(out.images, out.captions, strict=True)
+        nearest_colour(image) == caption.split()[1]
+        for image, caption in zip(out.images, out.captions, strict=True)
     )
 
 

@@ -55,7 +55,19 @@ main()
 def run_train(data: Path, out: Path, death: str = "none:0:never:0") -> subprocess.CompletedProcess[str]:
     """Run the train command in a process of its own; `death` is stage:update:place:signal."""
     sets = [part for setting in SETTINGS for part in ("--set", setting)]
-    command = [sys.executable, "-c", RUNNER, death, "train", str(data), "--out", str(out), "--preset", "tiny", *sets]
+    command = [
+        sys.executable,
+        "-c",
+        RUNNER,
+        death,
+        "train",
+        str(data),
+        "--out",
+        str(out),
+        "--preset",
+        "tiny",
+        *sets,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
@@ -134,9 +146,14 @@ def test_signal_finishes_the_update_saves_and_exits(
     assert_same_weights(out, uninterrupted)
 
 
-def test_broken_newest_checkpoint_falls_back_and_says_so(shapes: Path, uninterrupted: Path, tmp_path: Path) -> None:
+def test_broken_newest_checkpoint_falls_back_and_says_so(
+    shapes: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "model"
-    assert run_train(shapes, out, f"transformer:6:update:{int(signal.SIGTERM)}").returncode == 128 + signal.SIGTERM
+    assert (
+        run_train(shapes, out, f"transformer:6:update:{int(signal.SIGTERM)}").returncode
+        == 128 + signal.SIGTERM
+    )
     broken = out / "run" / "checkpoints" / "transformer" / "step-6" / "weights.safetensors"
     data = bytearray(broken.read_bytes())
     data[len(data) // 2] ^= 1
@@ -157,7 +174,17 @@ def test_checkpoints_keep_the_last_two(uninterrupted: Path) -> None:
 
 
 def test_resume_with_another_setting_names_it(shapes: Path, uninterrupted: Path) -> None:
-    command = [sys.executable, "-m", "dalle.cli", "train", str(shapes), "--out", str(uninterrupted), "--preset", "tiny"]
+    command = [
+        sys.executable,
+        "-m",
+        "dalle.cli",
+        "train",
+        str(shapes),
+        "--out",
+        str(uninterrupted),
+        "--preset",
+        "tiny",
+    ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2
     assert result.stderr.count("\n") <= 2

@@ -1,6 +1,6 @@
 """Checkpoints of a stage: written whole or not at all, checked when read, the last two kept.
 
-    CHECKPOINTS/step-N/  weights.safetensors  average.safetensors  optimizer.safetensors  state.json  manifest.json
+CHECKPOINTS/step-N/  weights.safetensors  average.safetensors  optimizer.safetensors  state.json  manifest.json
 """
 
 import logging
@@ -46,7 +46,9 @@ def newest(root: Path) -> Checkpoint | None:
             weights.verify_manifest(checkpoint.folder)
         except (ValueError, OSError) as error:
             broken.append(str(error))
-            logger.warning("checkpoint %s is broken (%s): trying the one before", checkpoint.folder.name, error)
+            logger.warning(
+                "checkpoint %s is broken (%s): trying the one before", checkpoint.folder.name, error
+            )
             continue
         return checkpoint
     if broken:
@@ -105,7 +107,9 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     return tensors
 
 
-def _restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def _restore_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> None:
     parameters = dict(model.named_parameters())
     for full_name, value in tensors.items():
         name, _, key = full_name.rpartition("/")

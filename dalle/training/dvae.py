@@ -44,14 +44,14 @@ class DVAEStage:
         self.train, self.bad = train, bad
         self.order = Order(train, seed, balance)
         self.device = next(model.parameters()).device
-        if self.device.type == "cpu":
-            model.to(memory_format=torch.channels_last)
         self._prefetch = Prefetch(self._load)
         size = model.config.image_size
         fits = settings.crop == "center" and 3 * size * size * len(train) <= MAX_CACHE_BYTES
         self._cache: dict[int, Image] | None = {} if fits else None
         chosen = spread(held_out, settings.n_validation)
-        self.held_out = images.to_tensor(load_all(chosen, lambda pair: images.center_crop(pair.open(), size), bad))
+        self.held_out = images.to_tensor(
+            load_all(chosen, lambda pair: images.center_crop(pair.open(), size), bad)
+        )
 
     def batch(self, number: int) -> Tensor:
         """Pictures of micro-batch `number`, (B, 3, H, W) in [0, 1]."""

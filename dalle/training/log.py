@@ -38,7 +38,7 @@ class RunLog:
         self.folder.mkdir(parents=True, exist_ok=True)
         _drop_half_line(self.folder / "metrics.jsonl")
         self._file = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
-        self._board = SummaryWriter(str(self.folder / "tensorboard" / self.stage), purge_step=self.done)  # type: ignore[no-untyped-call]
+        self._board = SummaryWriter(str(self.folder / "tensorboard" / self.stage), purge_step=self.done)
         if sys.stderr.isatty() and not self.quiet:
             self._progress = Progress(
                 TextColumn("[bold]{task.fields[stage]}"),
@@ -61,7 +61,7 @@ class RunLog:
         if self._progress is not None:
             self._progress.stop()
         self._file.close()
-        self._board.close()  # type: ignore[no-untyped-call]
+        self._board.close()
 
     def step(self, step: int, n_pictures: int, loss: float) -> None:
         """Move the progress line: `step` updates are done, the last one saw `n_pictures`."""
@@ -77,12 +77,17 @@ class RunLog:
 
     def metrics(self, step: int, values: dict[str, Any]) -> None:
         """Write one row of numbers to metrics.jsonl and TensorBoard."""
-        row = {"stage": self.stage, "step": step, "seconds": round(time.monotonic() - self.began, 1), **values}
+        row = {
+            "stage": self.stage,
+            "step": step,
+            "seconds": round(time.monotonic() - self.began, 1),
+            **values,
+        }
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         for name, value in values.items():
             if isinstance(value, int | float):
-                self._board.add_scalar(f"{self.stage}/{name}", value, step)  # type: ignore[no-untyped-call]
+                self._board.add_scalar(f"{self.stage}/{name}", value, step)
 
     def say(self, message: str) -> None:
         """Show one line now."""

@@ -29,9 +29,17 @@ logger = logging.getLogger(__name__)
 class Stage(Protocol):
     """What the loop asks of a stage; all randomness of an update is a function of its number."""
 
-    name: str
-    model: nn.Module
-    settings: Optimization
+    @property
+    def name(self) -> str:
+        """What its folder, its rows and its lines are called."""
+
+    @property
+    def model(self) -> nn.Module:
+        """What is trained."""
+
+    @property
+    def settings(self) -> Optimization:
+        """How it is trained."""
 
     def batch(self, number: int) -> Any:
         """The data of micro-batch `number`."""
@@ -99,7 +107,10 @@ def train_stage(stage: Stage, run_folder: Path, dtype: torch.dtype, quiet: bool 
         state = checkpoint.restore(found, model, average, optimizer)
         plateau.restore(state["plateau"])
         progress = Progress(found.step, state["n_non_finite"], state["n_non_finite_in_a_row"])
-    with RunLog(run_folder, stage.name, settings.steps, progress.step, quiet) as log, stop_signals() as signals:
+    with (
+        RunLog(run_folder, stage.name, settings.steps, progress.step, quiet) as log,
+        stop_signals() as signals,
+    ):
         if found is not None:
             log.say(f"{stage.name}: goes on from update {found.step}")
             log.metrics(found.step, {"resumed": True})

@@ -67,7 +67,8 @@ class Plateau:
 def adamw(model: nn.Module, settings: Optimization) -> torch.optim.AdamW:
     """AdamW over the trainable weights; only matrices of layers are decayed (the paper is silent on exclusions)."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             is_matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
@@ -105,7 +106,9 @@ class MovingAverage:
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
         """Let the model hold the averaged weights inside the block, and its own again after it."""
-        own: dict[str, Tensor] = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        own: dict[str, Tensor] = {
+            name: tensor.detach().clone() for name, tensor in model.state_dict().items()
+        }
         model.load_state_dict(self.tensors)
         try:
             yield

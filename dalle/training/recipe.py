@@ -4,6 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from dalle.attention import LayerKind
 from dalle.config import Config
 from dalle.dvae import DVAEConfig
 from dalle.generation.options import GenerationOptions
@@ -25,7 +26,9 @@ class Optimization(Config):
     beta2: float = Field(0.999, gt=0, lt=1)
     weight_decay: float = Field(ge=0)  # matrices only: gains, biases and embeddings are not decayed
     clip_norm: float | None = Field(None, gt=0)
-    average_decay: float = Field(ge=0, lt=1)  # exponential moving average of the weights: what the model ships
+    average_decay: float = Field(
+        ge=0, lt=1
+    )  # exponential moving average of the weights: what the model ships
     average_every: int = Field(1, ge=1)  # updates
     validate_every: int = Field(ge=1)  # updates
     checkpoint_every: int = Field(ge=1)  # updates
@@ -58,7 +61,7 @@ class TransformerShape(Config):
     n_heads: int = Field(ge=1)
     d_head: int = Field(ge=1)
     conv_kernel: int = Field(11, ge=1)
-    layers: Literal["paper", "dense"] | tuple[str, ...] = "paper"
+    layers: Literal["paper", "dense"] | tuple[LayerKind, ...] = "paper"
 
 
 class Balance(Config):
@@ -78,7 +81,9 @@ class Recipe(Config):
     dvae_training: DVAETraining
     transformer_training: TransformerTraining
     balance: Balance | None = None
-    sampling: GenerationOptions = GenerationOptions()  # how the finished model draws when nothing else is asked
+    sampling: GenerationOptions = (
+        GenerationOptions()
+    )  # how the finished model draws when nothing else is asked
     weights: Literal["float32", "bfloat16"] = "float32"  # how the finished model is stored
 
     @model_validator(mode="after")
@@ -89,7 +94,9 @@ class Recipe(Config):
         return self
 
 
-def transformer_config(shape: TransformerShape, dvae: DVAEConfig, n_text_vocab: int, n_text_tokens: int) -> TransformerConfig:
+def transformer_config(
+    shape: TransformerShape, dvae: DVAEConfig, n_text_vocab: int, n_text_tokens: int
+) -> TransformerConfig:
     """The transformer that reads `n_text_tokens` tokens of a tokenizer and writes the grid of a dVAE."""
     return TransformerConfig(
         n_layers=shape.n_layers,

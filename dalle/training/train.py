@@ -1,8 +1,8 @@
 """`dalle train`: tokenizer -> dVAE -> picture tokens -> transformer -> model folder, resumed by the same call.
 
-    OUT/                 the model folder, complete when the last stage ends
-    OUT/run/config.json  the recipe and what it was run on: a resume with anything else is refused
-    OUT/run/stages.json  each finished stage: what it was made from, and the hash of what came out
+OUT/                 the model folder, complete when the last stage ends
+OUT/run/config.json  the recipe and what it was run on: a resume with anything else is refused
+OUT/run/stages.json  each finished stage: what it was made from, and the hash of what came out
 """
 
 import logging
@@ -78,7 +78,9 @@ def train(
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise ValueError(f"{out}: another run is training in this folder; wait for it, or choose another --out") from None
+        raise ValueError(
+            f"{out}: another run is training in this folder; wait for it, or choose another --out"
+        ) from None
     try:
         run = _prepare(data, out, recipe, init_from, device, dtype, quiet)
         tokenizer = _tokenizer_stage(run)
@@ -113,7 +115,9 @@ def _prepare(
     held_out = [pair for pair in pairs if pair.split == "validation"]
     held_out = held_out or [pair for pair in pairs if pair.split not in ("train", "excluded")]
     if not learned or not held_out:
-        raise ValueError(f"{data}: training needs pictures of split train and some held out; found {counts or 'none'}")
+        raise ValueError(
+            f"{data}: training needs pictures of split train and some held out; found {counts or 'none'}"
+        )
     bad = BadSampleLog(out / "run" / "bad_samples.jsonl", total=len(pairs) + len(pairs.bad))
     for sample in pairs.bad:
         bad.add(sample.key, sample.reason)
@@ -231,7 +235,13 @@ def _dvae_stage(run: Run) -> DiscreteVAE:
             torch.manual_seed(recipe.seed)  # the models draw their first weights from the global generator
             model = DiscreteVAE(recipe.dvae).to(run.device)
             stage = DVAEStage(
-                model, recipe.dvae_training, run.train, run.held_out, run.bad, seed=recipe.seed, balance=recipe.balance
+                model,
+                recipe.dvae_training,
+                run.train,
+                run.held_out,
+                run.bad,
+                seed=recipe.seed,
+                balance=recipe.balance,
             )
             state = _run_stage(run, stage)
         _save(run, "dvae", model, state, inputs)
@@ -288,7 +298,9 @@ def _transformer_stage(run: Run, tokenizer: Tokenizer, dvae: DiscreteVAE) -> Non
         sampling=recipe.sampling,
     )
     if stage.n_truncated:
-        logger.warning("%d pictures have no caption that fits %d tokens: cut", stage.n_truncated, tokenizer.max_tokens)
+        logger.warning(
+            "%d pictures have no caption that fits %d tokens: cut", stage.n_truncated, tokenizer.max_tokens
+        )
     _save(run, "transformer", model, _run_stage(run, stage), inputs)
 
 

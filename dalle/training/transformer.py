@@ -108,7 +108,9 @@ def fitting_captions(pairs: list[Pair], tokenizer: Tokenizer) -> tuple[list[tupl
     """Each pair's captions that fit the text slots; a pair without any keeps its shortest, which is cut and counted."""
     kept, n_truncated = [], 0
     for pair in pairs:
-        fitting = tuple(caption for caption in pair.captions if tokenizer.count(caption) <= tokenizer.max_tokens)
+        fitting = tuple(
+            caption for caption in pair.captions if tokenizer.count(caption) <= tokenizer.max_tokens
+        )
         if not fitting:
             n_truncated += 1
             fitting = (min(pair.captions, key=tokenizer.count),)

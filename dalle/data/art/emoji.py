@@ -163,7 +163,7 @@ def _draw_all(
 
 
 def start_pool(n_workers: int) -> ProcessPoolExecutor:
-    """Start processes that end with this one, even when it is killed: a pool's own workers would wait for ever."""
+    """Start processes that end when this one is killed; a plain pool's would wait for ever."""
     return ProcessPoolExecutor(n_workers, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
 
 
