@@ -9,7 +9,6 @@ import tomllib
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -35,7 +34,7 @@ def resolve(symbol: str) -> Any:
             thing = fields[name]
         elif hasattr(thing, name):
             thing = getattr(thing, name)
-        elif isinstance(thing, ModuleType) and find_spec(f"{thing.__name__}.{name}"):
+        elif hasattr(thing, "__path__") and find_spec(f"{thing.__name__}.{name}"):
             thing = importlib.import_module(f"{thing.__name__}.{name}")
         else:
             raise LookupError(f"{symbol}: no {name} in {thing!r}")

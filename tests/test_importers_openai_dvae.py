@@ -1,5 +1,6 @@
 """OpenAI's pickles, written by OpenAI's package, give the same numbers here; hostile ones are refused."""
 
+import importlib
 import io
 import json
 import os
@@ -17,7 +18,8 @@ from dalle.dvae import DiscreteVAE, map_pixels, unmap_pixels
 from dalle.importers.openai_dvae import import_openai_dvae
 from dalle.weights import verify_manifest
 
-dall_e = pytest.importorskip("dall_e", reason="OpenAI's package: pip install --no-deps DALL-E==0.1")
+# OpenAI's package: pip install --no-deps DALL-E==0.1. On the project's CI its absence is a failure, not a skip.
+dall_e = importlib.import_module("dall_e") if os.environ.get("DALLE_CI") else pytest.importorskip("dall_e")
 
 N_CODES, D_CODE = 512, 16  # the least that the package accepts
 
