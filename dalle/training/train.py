@@ -19,7 +19,7 @@ from dalle.config import differences
 from dalle.data.pairs import BadSampleLog, PairSet, read_pairs
 from dalle.data.tokens import TokenStore, encode_pairs
 from dalle.dvae import DiscreteVAE
-from dalle.pipeline import write_index
+from dalle.pipeline import check_fit, write_index
 from dalle.tokenizer import Tokenizer
 from dalle.training.card import write_card
 from dalle.training.dvae import DVAEStage
@@ -84,8 +84,12 @@ def train(
     try:
         run = _prepare(data, out, recipe, init_from, device, dtype, quiet)
         tokenizer = _tokenizer_stage(run)
-        if "dvae" not in stages and not _exists(run, "dvae"):
+        if not {"dvae", "transformer"} & set(stages):
             return out
+        if "dvae" not in stages and not _exists(run, "dvae"):
+            raise ValueError(
+                f"stage transformer needs a dVAE, and {out} has none: add dvae to --stages, or give --init-from"
+            )
         dvae = _dvae_stage(run)
         if "transformer" not in stages:
             return out
@@ -285,6 +289,7 @@ def _transformer_stage(run: Run, tokenizer: Tokenizer, dvae: DiscreteVAE) -> Non
     else:
         config = transformer_config(recipe.transformer, dvae.config, tokenizer.n_vocab, tokenizer.max_tokens)
         model = Transformer(config)
+    check_fit(tokenizer, dvae, model)
     model.to(device=run.device, dtype=torch.float32)
     stage = TransformerStage(
         model,
@@ -312,5 +317,5 @@ def _sequences(store: TokenStore, pairs: list[Any]) -> Sequences:
 
 def _finish(run: Run) -> None:
     """Write the card, model_index.json and, last, the manifest: the folder is a model from then on."""
-    write_card(run.out, run.recipe, run.data, run.pairs)
+    write_card(run.out, run.recipe, run.data, run.pairs, run.init_from)
     write_index(run.out, run.recipe.sampling)

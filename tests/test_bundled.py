@@ -1,0 +1,106 @@
+"""The model that ships: small, whole, described by its own figures, and a start for other people's pictures."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dalle.data.shapes import write_shapes
+from dalle.pipeline import DallePipeline, bundled_folder
+from dalle.weights import verify_manifest
+
+
+def evaluation() -> dict[str, object]:
+    """The figures that ship beside the model."""
+    figures = json.loads((bundled_folder() / "evaluation.json").read_text())
+    assert isinstance(figures, dict)
+    return figures
+
+
+def test_files_are_whole_and_at_most_40_megabytes() -> None:
+    verify_manifest(bundled_folder())
+    assert sum(path.stat().st_size for path in bundled_folder().rglob("*") if path.is_file()) <= 40_000_000
+
+
+def test_card_states_the_figures_of_its_own_evaluation() -> None:
+    card, figures = (bundled_folder() / "README.md").read_text(), evaluation()
+    dvae, nearest = figures["dvae"], figures["nearest_of_100"]
+    assert isinstance(dvae, dict) and isinstance(nearest, dict)
+    assert f"{dvae['psnr']:.1f} dB" in card
+    assert f"{nearest['draws']['recall_at_1']:.1%}" in card
+    assert figures["model"]["sha256"] == DallePipeline.from_pretrained().model_sha256  # type: ignore[index]
+    for licence in ("Apache-2.0", "CC-BY-4.0", "MIT", "OFL-1.1"):
+        assert licence in card
+
+
+def test_dvae_reaches_the_promised_reconstruction() -> None:
+    dvae = evaluation()["dvae"]
+    assert isinstance(dvae, dict)
+    assert dvae["psnr"] >= 22
+    assert dvae["codes_used"] >= 0.9
+
+
+def test_true_captions_predict_the_picture_better_than_other_ones() -> None:
+    splits = evaluation()["transformer"]
+    assert isinstance(splits, dict)
+    for figures in splits.values():
+        assert figures["image_loss"] < figures["image_loss_shuffled"]
+
+
+def test_red_and_green_are_drawn_as_asked() -> None:
+    pipe = DallePipeline.from_pretrained(dtype="float32")
+    out = pipe(
+        ["a red apple, flat fluent style", "a green apple, flat fluent style"], num_images_per_prompt=4
+    )
+    ink = [colour_of_the_ink(np.asarray(image)) for image in out.images]
+    assert sum(red > green for red, green, _ in ink[:4]) >= 3
+    assert sum(green > red for red, green, _ in ink[4:]) >= 3
+
+
+def colour_of_the_ink(pixels: np.ndarray) -> tuple[float, float, float]:
+    """Mean colour of the pixels that are not white."""
+    ink = pixels[pixels.min(axis=-1) < 200]
+    red, green, blue = ink.mean(axis=0) if len(ink) else (0.0, 0.0, 0.0)
+    return float(red), float(green), float(blue)
+
+
+@pytest.mark.long
+def test_fine_tuning_beats_the_same_steps_from_scratch(tmp_path: Path) -> None:
+    data = write_shapes(tmp_path / "data", 64, seed=3, size=64)
+    scratch = (
+        tmp_path / "parts"
+    )  # tokenizer and dVAE of the bundled model, so that both losses are of the same tokens
+    for component in ("tokenizer", "dvae"):
+        shutil.copytree(bundled_folder() / component, scratch / component)
+    losses = {}
+    for name, start in (("tuned", bundled_folder()), ("scratch", scratch)):
+        out = tmp_path / name
+        sets = [
+            "steps=40",
+            "batch_size=16",
+            "warmup_steps=5",
+            "validate_every=40",
+            "sheet_every=40",
+            "learning_rate=5e-4",
+        ]
+        command = [
+            sys.executable,
+            "-m",
+            "dalle.cli",
+            "train",
+            str(data),
+            "--out",
+            str(out),
+            "--init-from",
+            str(start),
+        ]
+        for setting in sets:
+            command += ["--set", f"transformer_training.{setting}"]
+        subprocess.run(command, check=True, capture_output=True, timeout=240)
+        rows = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = [row["validation_image_loss"] for row in rows if "validation_image_loss" in row][-1]
+    assert losses["tuned"] < losses["scratch"]
