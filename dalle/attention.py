@@ -34,11 +34,12 @@ LayerKind = Literal["row", "column", "conv", "dense"]
 LAYER_KINDS: tuple[LayerKind, ...] = get_args(LayerKind)
 
 # From this grid side on, a CPU splits caption keys from image windows instead of masking a dense score
-# matrix. From forward + backward times, fp32, one AVX2 thread, masked / split: row 25/30 ms at G=8, 23/20 at
-# 12, 24/15 at 16, 111/64 at 32; column 19/22, 22/17, 24/14, 129/41; conv 19/35, 22/36, 24/34, 132/74.
+# matrix. Forward + backward, fp32, one AVX2 thread, 4 heads of 64, other work on the machine (the ratios
+# count), masked / split in ms: row 25/30 at G=8, 23/20 at 12, 24/15 at 16, 111/64 at 32; column 19/22, 22/17,
+# 24/14, 129/41; conv 19/35, 22/36, 24/34, 132/74. Batch 16, 8, 4, 1; T = 64, at G=32 256.
 SPLIT_FROM_GRID = {"row": 12, "column": 12, "conv": 32}
-# From this stream length on, a GPU uses FlexAttention, which skips empty 128 x 128 tiles of the mask. Not
-# measured.
+# From this stream length on, a GPU uses FlexAttention, which skips empty 128 x 128 tiles of the mask. Chosen
+# for its four tiles a side, not measured.
 FLEX_FROM_STREAM = 512
 
 

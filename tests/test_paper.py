@@ -155,7 +155,7 @@ def test_a_layer_is_the_pre_norm_formula_written_out() -> None:
         assert torch.equal(layer(x), layer(x))
 
 
-def test_initial_weights_have_child_et_als_scales() -> None:
+def test_initial_weights_have_the_settled_scales() -> None:
     tiny = recipe("tiny", "transformer.n_heads=8", "transformer.d_head=32")
     config = transformer_config(tiny.transformer, tiny.dvae, 2000, tiny.tokenizer.max_tokens)
     model = Transformer(config)
@@ -163,15 +163,16 @@ def test_initial_weights_have_child_et_als_scales() -> None:
     width, n_layers = config.d_model, config.n_layers
     layer = model.layers[1]
     stds = {
-        model.text_token: 0.125 / math.sqrt(width),
-        layer.attention.qkv: 0.125 / math.sqrt(width),
-        layer.attention.out: 0.125 / math.sqrt(width) / math.sqrt(2 * n_layers),
-        layer.mlp.expand: 0.125 / math.sqrt(width),
-        layer.mlp.contract: 0.125 / math.sqrt(4 * width) / math.sqrt(2 * n_layers),
+        model.text_token: 0.5 / math.sqrt(width),
+        layer.attention.qkv: 0.5 / math.sqrt(width),
+        layer.attention.out: 0.5 / math.sqrt(width) / math.sqrt(2 * n_layers),
+        layer.mlp.expand: 0.5 / math.sqrt(width),
+        layer.mlp.contract: 0.5 / math.sqrt(4 * width) / math.sqrt(2 * n_layers),
+        model.text_head: 0.25 / math.sqrt(width),
     }
     for module, std in stds.items():
         assert float(module.weight.detach().std()) == pytest.approx(std, rel=0.02)
-    assert not layer.attention.qkv.bias.any() and not model.image_head.weight.any()
+    assert not layer.attention.qkv.bias.any()
 
 
 @pytest.mark.parametrize(("share", "n_empty"), [(0.0, 0), (0.999, 6)])

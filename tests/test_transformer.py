@@ -112,11 +112,11 @@ def test_config_refuses_layers_that_do_not_fit() -> None:
 # Loss
 
 
-def test_first_losses_are_those_of_uniform_guesses() -> None:
+def test_first_losses_are_near_those_of_uniform_guesses() -> None:
     model = Transformer(small_config("row", "column", "row", "conv"))
     losses = model.loss(*batch())
-    assert losses.text.item() == pytest.approx(math.log(N_VOCAB + N_TEXT), rel=1e-6)
-    assert losses.image.item() == pytest.approx(math.log(N_CODES), rel=1e-6)
+    assert losses.text.item() == pytest.approx(math.log(N_VOCAB + N_TEXT), rel=0.1)
+    assert losses.image.item() == pytest.approx(math.log(N_CODES), rel=0.1)
 
 
 def test_loss_is_one_eighth_text_and_seven_eighths_image() -> None:
