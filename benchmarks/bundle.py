@@ -30,8 +30,13 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("art", type=Path)
     parser.add_argument("--hours", required=True, help="what it was trained on and for how long")
+    parser.add_argument("--temperature", type=float, help="of the model's draws, from benchmarks/sampling_sweep.py")
+    parser.add_argument("--guidance", type=float, help="likewise")
     arguments = parser.parse_args()
-    defaults = DallePipeline.from_pretrained(arguments.model).defaults
+    chosen = {"temperature": arguments.temperature, "guidance": arguments.guidance}
+    defaults = DallePipeline.from_pretrained(arguments.model).defaults.model_copy(
+        update={name: value for name, value in chosen.items() if value is not None}
+    )
     shutil.rmtree(BUNDLED, ignore_errors=True)
     for component in COMPONENTS:
         shutil.copytree(arguments.model / component, BUNDLED / component)

@@ -30,15 +30,11 @@ Device = Annotated[
 
 def main() -> None:
     """Run the command line: a user's mistake is one line on stderr and exit code 2, a full disk or the like 1."""
-    from dalle.training.loop import Stopped
-
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)  # typer returns the code of an Exit in this mode
     except (typer.Exit, typer.Abort) as stop:
         sys.exit(getattr(stop, "exit_code", 130))
-    except Stopped as stop:
-        print(f"dalle: {stop}", file=sys.stderr)
-        sys.exit(128 + stop.signal_number)
     except KeyboardInterrupt:
         print("dalle: interrupted", file=sys.stderr)
         sys.exit(130)
@@ -219,6 +215,7 @@ def train(
     _log_to_stderr(quiet)
     from dalle.config import load_preset, override, validate
     from dalle.pipeline import bundled_folder
+    from dalle.training.loop import Stopped
     from dalle.training.recipe import Recipe
     from dalle.training.train import STAGES
     from dalle.training.train import train as run
@@ -227,16 +224,20 @@ def train(
     chosen = STAGES if stages == "all" else tuple(part.strip() for part in stages.split(","))
     start = bundled_folder() if init_from == "bundled" else Path(init_from) if init_from else None
     place = _device(device)
-    folder = run(
-        data,
-        out,
-        recipe,
-        init_from=start,
-        stages=chosen,
-        device=place,
-        dtype=_dtype(dtype, place),
-        quiet=quiet,
-    )
+    try:
+        folder = run(
+            data,
+            out,
+            recipe,
+            init_from=start,
+            stages=chosen,
+            device=place,
+            dtype=_dtype(dtype, place),
+            quiet=quiet,
+        )
+    except Stopped as stop:
+        print(f"dalle: {stop}", file=sys.stderr)
+        raise typer.Exit(128 + stop.signal_number) from None
     print(folder)
 
 

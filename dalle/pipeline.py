@@ -25,7 +25,7 @@ from dalle.config import validate
 from dalle.dvae import DiscreteVAE
 from dalle.generation.engine import ROWS_PER_BATCH, Engine, plan_batches
 from dalle.generation.options import GenerationOptions
-from dalle.generation.precision import as_dtype, default_dtype, dtype_name, threads
+from dalle.generation.precision import as_dtype, decode_threads, default_dtype, dtype_name, threads
 from dalle.generation.recipe import (
     Completion,
     Recipe,
@@ -285,8 +285,13 @@ class DallePipeline:
             is_stopped = callback_on_row_end is not None and bool(callback_on_row_end(self, row, tokens))
             return is_stopped
 
-        tokens = self._draw(self.transformer, text, seeds, options, completion, on_row_end, rows_per_batch)
-        finished = [row for row in range(n_rows) if int(tokens[row].min()) >= 0]
+        n_threads = decode_threads(self.transformer.config.d_model, min(n_rows, rows_per_batch))
+        with threads(n_threads):
+            tokens = self._draw(
+                self.transformer, text, seeds, options, completion, on_row_end, rows_per_batch
+            )
+            finished = [row for row in range(n_rows) if int(tokens[row].min()) >= 0]
+            pictures = tuple(self._decode(tokens[finished])) if output_type == "pil" else ()
         versions = Versions(dalle=__version__, torch=str(torch.__version__), python=platform.python_version())
         plans = batch_plans(plan, captions, seeds, rows_per_batch)
         caption_of = [row * len(captions) // n_rows for row in range(n_rows)]
@@ -303,7 +308,7 @@ class DallePipeline:
                 tokens_sha256=tokens_sha256(tokens[row]),
                 dtype=dtype_name(self.dtype),
                 device=self.device.type,
-                threads=torch.get_num_threads(),
+                threads=n_threads,
                 versions=versions,
                 model=self.name,
                 model_sha256=self.model_sha256,
@@ -311,7 +316,7 @@ class DallePipeline:
             for row in finished
         ]
         return PipelineOutput(
-            images=tuple(self._decode(tokens[finished])) if output_type == "pil" else (),
+            images=pictures,
             scores=None,
             seeds=tuple(seeds[row] for row in finished),
             tokens=tokens[finished],

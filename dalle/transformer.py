@@ -203,7 +203,9 @@ class Transformer(nn.Module):
         width = self.config.d_model
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=INIT_SCALE / math.sqrt(module.in_features), generator=generator)
+                nn.init.normal_(
+                    module.weight, std=INIT_SCALE / math.sqrt(module.in_features), generator=generator
+                )
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dalle.generation.precision import as_dtype, default_dtype, dtype_name, threads
+from dalle.generation.precision import as_dtype, decode_threads, default_dtype, dtype_name, threads
 
 
 @pytest.mark.parametrize(
@@ -30,3 +30,9 @@ def test_the_number_of_threads_is_put_back_even_after_an_error() -> None:
         assert torch.get_num_threads() == before + 1
         raise KeyboardInterrupt
     assert torch.get_num_threads() == before
+
+
+def test_small_steps_run_on_one_thread_and_large_ones_on_all() -> None:
+    with threads(3):
+        assert decode_threads(d_model=192, n_rows=8) == 1
+        assert decode_threads(d_model=1024, n_rows=64) == 3

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+SHARED_FROM_FLOPS = 50e6  # of one layer's step: below it, waking a second thread costs more than it saves
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -36,6 +37,15 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
 def dtype_name(dtype: torch.dtype) -> str:
     """The name that `as_dtype` takes."""
     return str(dtype).removeprefix("torch.")
+
+
+def decode_threads(d_model: int, n_rows: int) -> int:
+    """CPU threads of a decoding step: one while a layer's matrix products are small, else PyTorch's number.
+
+    A rule of shape alone: the number of threads decides how sums round, so it must not follow the clock.
+    """
+    n_flops = 2 * 12 * d_model**2 * n_rows
+    return 1 if n_flops < SHARED_FROM_FLOPS else torch.get_num_threads()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import sys
 import time
 from pathlib import Path
@@ -76,17 +77,17 @@ class RunLog:
             logger.info("%s %d/%d  %s  ETA %s", self.stage, step, self.steps, numbers, self._eta(step, now))
 
     def metrics(self, step: int, values: dict[str, Any]) -> None:
-        """Write one row of numbers to metrics.jsonl and TensorBoard."""
+        """Write one row of numbers to metrics.jsonl and TensorBoard; one that is not finite becomes null."""
         row = {
             "stage": self.stage,
             "step": step,
             "seconds": round(time.monotonic() - self.began, 1),
-            **values,
+            **{name: value if _is_json(value) else None for name, value in values.items()},
         }
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         for name, value in values.items():
-            if isinstance(value, int | float):
+            if isinstance(value, int | float) and _is_json(value):
                 self._board.add_scalar(f"{self.stage}/{name}", value, step)
 
     def say(self, message: str) -> None:
@@ -103,6 +104,10 @@ class RunLog:
     def _eta(self, step: int, now: float) -> str:
         left = (now - self.began) / max(step - self.done, 1) * (self.steps - step)
         return f"{int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}"
+
+
+def _is_json(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _drop_half_line(path: Path) -> None:

@@ -32,14 +32,15 @@ class Order:
 
     def epoch(self, number: int) -> np.ndarray:
         """The picture indices of one epoch, in order."""
-        if self._cached is None or self._cached[0] != number:
+        cached = self._cached  # read once: another prefetch thread may be at the next epoch already
+        if cached is None or cached[0] != number:
             generator = rng(self.seed, "order", number)
             chosen = [
                 members if len(members) <= self.cap else generator.choice(members, self.cap, replace=False)
                 for members in self.groups
             ]
-            self._cached = (number, generator.permutation(np.concatenate(chosen)))
-        return self._cached[1]
+            cached = self._cached = (number, generator.permutation(np.concatenate(chosen)))
+        return cached[1]
 
     def batch(self, number: int, size: int) -> list[tuple[int, int]]:
         """The (epoch, picture index) of every member of micro-batch `number`; batches run over epoch ends."""
