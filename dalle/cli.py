@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -395,7 +396,7 @@ def emoji(
 
     summary = build_emoji_set(out, size=size, extra=tuple(add or ()), progress=None if as_json else _say)
     if as_json:
-        _print_json(summary)
+        _print_json(asdict(summary))
     else:
         print(out)
 

@@ -1,4 +1,4 @@
-"""read_pairs: five layouts, one meaning; what is bad is listed, never dropped unseen."""
+"""read_pairs: six layouts, one meaning; what is bad is listed, never dropped unseen."""
 
 import hashlib
 import io
@@ -13,6 +13,7 @@ import huggingface_hub.constants
 import pytest
 from PIL import Image
 
+from dalle.data.layouts import CAPTION_COLUMNS
 from dalle.data.pairs import BadSample, BadSampleLog, PairSet, read_pairs
 
 COLOURS = {"a": "red", "b": "green", "c": "blue"}
@@ -64,6 +65,20 @@ def write_parquet(folder: Path) -> Path:
     return folder
 
 
+def write_picture_table(folder: Path) -> Path:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    (folder / "data").mkdir(parents=True)
+    columns = {
+        "image": [{"bytes": picture(colour), "path": f"{name}.png"} for name, colour in COLOURS.items()],
+        "captions": [list(c) for c in CAPTIONS.values()],
+    }
+    parquet.write_table(
+        pyarrow.table(columns), folder / "data" / "train-00000-of-00001.parquet", row_group_size=2
+    )
+    return folder
+
+
 def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as archive:
@@ -94,7 +109,7 @@ def write_coco(folder: Path) -> Path:
     return folder
 
 
-WRITERS = [write_folder, write_jsonl, write_csv, write_parquet, write_shards, write_coco]
+WRITERS = [write_folder, write_jsonl, write_csv, write_parquet, write_shards, write_picture_table, write_coco]
 
 
 @pytest.mark.parametrize("write", WRITERS)
@@ -138,6 +153,67 @@ def test_metadata_keeps_splits_and_other_columns(tmp_path: Path) -> None:
     assert len(pairs.of_split("nothing")) == 0
 
 
+@pytest.mark.parametrize("write", [write_jsonl, write_csv, write_parquet])
+def test_rows_of_a_table_with_the_same_file_name_are_one_picture(
+    tmp_path: Path, write: Callable[[Path], Path]
+) -> None:
+    write(tmp_path)
+    (table,) = tmp_path.glob("metadata.*")
+    rows = [
+        (f"{name}.png", caption, name)
+        for number in (0, 1)
+        for name, c in CAPTIONS.items()
+        for caption in [c[number]]
+    ]
+    if write is write_jsonl:
+        lines = [json.dumps({"file_name": f, "text": text, "style": style}) for f, text, style in rows]
+        table.write_text("\n".join([*lines, '{"file_name": "./a.png", "text": "a third", "style": "other"}']))
+    elif write is write_csv:
+        table.write_text(
+            "\n".join(map(",".join, [("file_name", "text", "style"), *rows, ("./a.png", "a third", "z")]))
+        )
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        columns = zip(*rows, ("./a.png", "a third", "z"), strict=True)
+        named = dict(zip(("file_name", "text", "style"), map(list, columns), strict=True))
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table(named), table)
+    pairs = read_pairs(tmp_path)
+    assert [pair.captions for pair in pairs] == [(*CAPTIONS["a"], "a third"), CAPTIONS["b"], CAPTIONS["c"]]
+    assert [pair.fields for pair in pairs] == [{"style": name} for name in CAPTIONS]
+    assert pairs.bad == []
+
+
+def test_a_picture_in_two_splits_keeps_the_first_and_lists_the_other_row(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    (tmp_path / "metadata.csv").write_text(
+        "file_name,text,split\na.png,one,train\na.png,two,test\na.png,three,\nb.png,four,\nb.png,five,test\n"
+    )
+    pairs = read_pairs(tmp_path)
+    assert [(pair.captions, pair.split) for pair in pairs] == [
+        (("one", "three"), "train"),
+        (("four", "five"), "test"),
+    ]
+    reason = "another row of this picture is in split 'train', this one in 'test': choose one"
+    assert pairs.bad == [BadSample("a.png", reason)]
+
+
+def test_of_several_caption_columns_the_first_in_the_documented_order_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture("red"))
+    record = {column: f"from {column}" for column in reversed(CAPTION_COLUMNS)}
+    for column in CAPTION_COLUMNS:
+        (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", **record}))
+        (pair,) = read_pairs(tmp_path)
+        (sample,) = read_pairs(
+            write_tar(
+                tmp_path / "tar" / "s.tar",
+                [("a.png", picture("red")), ("a.json", json.dumps(record).encode())],
+            )
+        )
+        assert pair.captions == sample.captions == (f"from {column}",)
+        del record[column]
+        assert pair.fields == sample.fields == record
+
+
 def test_shard_json_gives_captions_splits_and_fields(tmp_path: Path) -> None:
     record = {"caption": "from json", "split": "test", "width": 4}
     members = [("x/1.png", picture("red")), ("x/1.json", json.dumps(record).encode())]
@@ -150,21 +226,27 @@ def test_shard_json_gives_captions_splits_and_fields(tmp_path: Path) -> None:
     assert pairs[0].split == "test"
 
 
-def test_hub_data_set_is_read_from_the_local_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("write", [write_jsonl, write_picture_table])
+def test_hub_data_set_is_read_from_the_local_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], Path]
+) -> None:
     home = tmp_path / "datasets--someone--pictures"
     (home / "blobs").mkdir(parents=True)
     (home / "refs").mkdir()
     (home / "refs" / "main").write_text("0" * 40)
     snapshot = home / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
-    for file in write_jsonl(tmp_path / "plain").iterdir():
+    plain = write(tmp_path / "plain")
+    for file in [path for path in plain.rglob("*") if path.is_file()]:
         blob = home / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
         blob.write_bytes(file.read_bytes())
-        os.symlink(os.path.relpath(blob, snapshot), snapshot / file.name)
+        link = snapshot / file.relative_to(plain)
+        link.parent.mkdir(exist_ok=True)
+        os.symlink(os.path.relpath(blob, link.parent), link)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     pairs = read_pairs("someone/pictures")
-    assert pairs.fingerprint == read_pairs(tmp_path / "plain").fingerprint
+    assert pairs.fingerprint == read_pairs(plain).fingerprint
     assert pairs[0].open().size == (4, 4)
     with pytest.raises(ValueError, match="someone/nothing is no folder here, and as a data set of the Hub"):
         read_pairs("someone/nothing")
@@ -235,10 +317,9 @@ def test_bad_rows_of_a_table_are_listed(tmp_path: Path) -> None:
     ]
     (tmp_path / "data" / "metadata.jsonl").write_bytes(b"\n".join(lines))
     pairs = read_pairs(tmp_path / "data")
-    assert [pair.captions for pair in pairs] == [("good",)]
+    assert [pair.captions for pair in pairs] == [("good", "again")]
     assert sorted(sample.reason.split(";")[0].split(":")[0] for sample in pairs.bad) == sorted(
         [
-            "duplicate key",
             "unsafe path '../out.png'",
             "unsafe path '/etc/hostname'",
             "missing image file",

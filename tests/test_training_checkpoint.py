@@ -149,7 +149,7 @@ def test_when_every_checkpoint_is_broken_nothing_is_started_anew_in_silence(tmp_
     parts = Parts(seed=0)
     for step in (1, 2):
         flip_a_bit(parts.save(tmp_path, step) / "weights.safetensors")
-    with pytest.raises(ValueError, match="every checkpoint is broken .* delete the folder to start"):
+    with pytest.raises(ValueError, match=r"every checkpoint is broken .* delete the folder to start"):
         checkpoint.newest(tmp_path)
 
 

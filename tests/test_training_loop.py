@@ -195,7 +195,9 @@ def test_the_average_is_taken_every_so_many_updates(tmp_path: Path) -> None:
     assert not torch.equal(averaged["weight"], first)
 
 
-def test_a_signal_finishes_the_update_saves_and_the_same_call_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+def test_a_signal_finishes_the_update_saves_and_the_same_call_goes_on_to_the_same_bits(
+    tmp_path: Path,
+) -> None:
     whole = LineStage()
     expected = run(whole, tmp_path / "whole")
     before = signal.getsignal(signal.SIGTERM)

@@ -65,7 +65,9 @@ def test_the_dvaes_learning_rate_is_the_papers(step: int, expected: float) -> No
     assert learning_rate(PAPER.dvae_training, step) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize(("step", "expected"), [(0, 9e-8), (2_499, 2.25e-4), (4_999, 4.5e-4), (5_000, 4.5e-4)])
+@pytest.mark.parametrize(
+    ("step", "expected"), [(0, 9e-8), (2_499, 2.25e-4), (4_999, 4.5e-4), (5_000, 4.5e-4)]
+)
 def test_the_transformers_learning_rate_warms_up_linearly_over_5000_updates(
     step: int, expected: float
 ) -> None:

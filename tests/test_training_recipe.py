@@ -37,7 +37,12 @@ def test_paper_preset_holds_the_numbers_of_the_paper() -> None:
         128,
         2,
     )
-    assert (first.beta2, first.weight_decay, first.average_decay, first.average_every) == (0.999, 1e-4, 0.999, 1)
+    assert (first.beta2, first.weight_decay, first.average_decay, first.average_every) == (
+        0.999,
+        1e-4,
+        0.999,
+        1,
+    )
     assert (first.learning_rate, first.final_learning_rate, first.decay_steps) == (1e-4, 1.25e-6, 1_200_000)
     assert (first.batch_size, first.steps, first.clip_norm, first.warmup_steps) == (512, 3_000_000, None, 0)
     assert (first.final_temperature, first.temperature_steps) == (1 / 16, 150_000)

@@ -1,7 +1,8 @@
 """The layouts in which people keep captioned pictures, one reader each.
 
 Source: none in the paper (section 2.3: 250M pairs from the internet, in a private format). The layouts are
-those of kohya and Automatic1111 folders, Hugging Face imagefolder and COCO captions; tar shards: shards.py.
+those of kohya and Automatic1111 folders, Hugging Face imagefolder and COCO captions; for tar shards see
+shards.py, for tables with the pictures in them parquet.py.
 Every reader yields a Row for a usable sample and a BadSample for one that is skipped: none is dropped unseen.
 """
 
@@ -9,13 +10,20 @@ import csv
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})
 CAPTION_SUFFIXES = (".txt", ".caption")  # the first that is there is read
-CAPTION_COLUMNS = ("captions", "text", "caption", "prompt")  # the first that is there is read
+CAPTION_COLUMNS = (
+    "captions",
+    "text",
+    "caption",
+    "prompt",
+    "sentences_raw",
+)  # the first that is there is read
+LIST_COLUMNS = ("captions", "sentences_raw")  # whose cells may hold a JSON list in .csv and .tsv
 METADATA_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 DOCUMENTS = frozenset({"readme", "license", "licence", "copying", "notice", "attribution", "requirements"})
 MAX_PICTURE_BYTES = 256 * 2**20
@@ -37,9 +45,10 @@ class Row(NamedTuple):
     captions: tuple[str, ...]
     split: str | None  # None: the layout does not say
     fields: Mapping[str, object]  # the other columns
-    path: str  # the picture file, or the tar shard that holds it
+    path: str  # the picture file, or the tar shard or parquet table that holds it
     offset: int | None  # first byte within the shard; None: the whole file
     n_bytes: int
+    cell: tuple[int, int] | None = None  # row group and row of it, within a parquet table
 
 
 Rows = Iterator[Row | BadSample]
@@ -121,6 +130,12 @@ def _checked_captions(value: object) -> tuple[str, ...]:
     return captions
 
 
+def caption_column(columns: Iterable[str]) -> str | None:
+    """The column whose captions are read: the first of CAPTION_COLUMNS; others among them stay fields."""
+    there = set(columns)
+    return next((column for column in CAPTION_COLUMNS if column in there), None)
+
+
 def captions_of_text(data: bytes) -> tuple[str, ...]:
     """One caption a line."""
     try:
@@ -195,9 +210,13 @@ def read_folder(root: Path, files: Mapping[str, int]) -> Rows:
 
 
 def read_metadata(root: Path, table: Path) -> Rows:
-    """Rows of a table: file_name (relative to the table), a caption column, perhaps split, other fields."""
+    """Rows of a table: file_name (relative to the table), a caption column, perhaps split, other fields.
+
+    Rows with the same file_name are one picture with the captions of all of them, in order.
+    """
     label = table.relative_to(root).as_posix()
     above = PurePosixPath(label).parent
+    rows: dict[str, Row] = {}
     for line, record in _table_records(table, label):
         place = f"{label}:{line}"
         if isinstance(record, BadSample):
@@ -212,14 +231,25 @@ def read_metadata(root: Path, table: Path) -> Rows:
                 raise Rejected(
                     f"unsafe path {printable(name)!r}: it has to lie below the folder of {table.name}"
                 )
-            column = next((column for column in CAPTION_COLUMNS if column in record), None)
+            column = caption_column(record)
             if column is None:
                 raise Rejected(f"no caption column; looked for {', '.join(CAPTION_COLUMNS)}")
             captions = record.pop(column)
             path = str(table.parent / name)
-            yield checked_row(place, captions, record, path, _file_size(path))
+            row = checked_row(place, captions, record, path, _file_size(path))
+            rows[place] = _merged(rows[place], row) if place in rows else row
         except Rejected as error:
             yield BadSample(printable(place), str(error))
+    yield from rows.values()
+
+
+def _merged(first: Row, row: Row) -> Row:
+    """The first row of a picture with the captions of a later one added."""
+    if first.split is not None and row.split is not None and first.split != row.split:
+        raise Rejected(
+            f"another row of this picture is in split {first.split!r}, this one in {row.split!r}: choose one"
+        )
+    return first._replace(captions=first.captions + row.captions, split=first.split or row.split)
 
 
 def _table_records(table: Path, label: str) -> Iterator[tuple[int, dict[str, Any] | BadSample]]:
@@ -246,33 +276,41 @@ def _table_records(table: Path, label: str) -> Iterator[tuple[int, dict[str, Any
                         BadSample(f"{label}:{number}", "more cells than columns: quote captions with commas"),
                     )
                     continue
-                captions = cells.get("captions") or ""
                 record: dict[str, Any] = dict(cells)
-                if captions.startswith("["):
-                    record["captions"] = _json_list(captions)
+                for column in LIST_COLUMNS:
+                    if (cells.get(column) or "").startswith("["):
+                        record[column] = _json_list(cells[column])
                 yield number, record
         except csv.Error as error:
             raise ValueError(f"{table} cannot be read as a table: line {rows.line_num}: {error}") from None
 
 
-def _parquet_records(table: Path) -> Iterator[dict[str, Any]]:
+def open_parquet(table: Path) -> Any:
+    """The pyarrow.parquet.ParquetFile of a table; Rejected when it cannot be read."""
     try:
         from pyarrow import parquet
     except ImportError:
-        raise ValueError(
-            f"{table} needs pyarrow to be read: pip install pyarrow, or write metadata.jsonl"
-        ) from None
+        raise Rejected("needs pyarrow to be read: pip install pyarrow") from None
     try:
-        file = parquet.ParquetFile(table)
-        _require_columns(table, file.schema_arrow.names)
-        for batch in file.iter_batches(batch_size=4096):
-            yield from batch.to_pylist()
-    except OSError as error:  # pyarrow's own errors are OSError or ValueError
+        return parquet.ParquetFile(table)
+    except (OSError, ValueError) as error:  # pyarrow's own errors among them
+        raise Rejected(f"cannot be read as parquet: {error}") from None
+
+
+def _parquet_records(table: Path) -> Iterator[dict[str, Any]]:
+    try:
+        with open_parquet(table) as file:
+            _require_columns(table, file.schema_arrow.names)
+            for batch in file.iter_batches(batch_size=4096):
+                yield from batch.to_pylist()
+    except Rejected as error:
+        raise ValueError(f"{table} {error}") from None
+    except OSError as error:
         raise ValueError(f"{table} cannot be read as parquet: {error}") from None
 
 
 def _require_columns(table: Path, columns: Sequence[str]) -> None:
-    if "file_name" not in columns or not set(CAPTION_COLUMNS) & set(columns):
+    if "file_name" not in columns or caption_column(columns) is None:
         raise ValueError(
             f"no captions found: {table} has columns {', '.join(columns) or 'none'}; "
             f"it needs file_name and one of {', '.join(CAPTION_COLUMNS)}"

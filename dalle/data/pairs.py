@@ -1,7 +1,7 @@
 """Captioned pictures: one reader for all common layouts, with the same splits, order and checks.
 
 Source: section 2.3 of the paper (pairs of text and image); splits and file formats are not in it.
-A pair is cheap: the picture stays in its file or tar shard until `Pair.open` reads it.
+A pair is cheap: the picture stays in its file, tar shard or parquet table until `Pair.open` reads it.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from typing import overload
 from PIL.Image import Image
 
 from dalle import images
-from dalle.data import layouts, shards
+from dalle.data import layouts, parquet, shards
 from dalle.data.layouts import BadSample
 
 HELD_OUT_FRACTION = 0.02  # of the pairs whose layout names no split
@@ -27,8 +27,9 @@ MAX_HELD_OUT_FRACTION = 0.25
 MAX_BAD_FRACTION = 0.01
 
 LOOKED_FOR = (
-    "looked for metadata.jsonl, .csv, .tsv or .parquet (file_name and captions, text, caption or prompt), "
-    "*.tar shards (x.jpg with x.txt, x.caption or x.json), a COCO captions .json (images and annotations), "
+    f"looked for metadata.jsonl, .csv, .tsv or .parquet (file_name and one of {', '.join(layouts.CAPTION_COLUMNS)}), "
+    "*.tar shards (x.jpg with x.txt, x.caption or x.json), *.parquet tables with the pictures in them (image with "
+    "bytes, and a caption column as above), a COCO captions .json (images and annotations), "
     "and pictures (jpg, png, webp, gif, bmp) with a .txt of the same name beside each"
 )
 
@@ -41,13 +42,16 @@ class Pair:
     captions: tuple[str, ...]
     split: str  # train, validation, or what the data set itself says
     fields: Mapping[str, object] = field(default_factory=dict, hash=False)  # the other metadata columns
-    path: str = ""  # the picture file, or the tar shard that holds it
+    path: str = ""  # the picture file, or the tar shard or parquet table that holds it
     offset: int | None = None  # first byte within the shard; None: the whole file
-    n_bytes: int = 0  # of the picture file
+    n_bytes: int = 0  # of the picture file; within a parquet table its share of the row group's bytes
+    cell: tuple[int, int] | None = None  # row group and row of it, within a parquet table
 
     def open(self) -> Image:
         """Read the picture as RGB; ValueError when it is missing, corrupt or too large."""
         try:
+            if self.cell is not None:
+                return images.open_image(parquet.read_picture(self.path, self.cell))
             if self.offset is None:
                 return images.open_image(Path(self.path))
             with open(self.path, "rb") as shard:
@@ -158,10 +162,11 @@ class BadSampleLog:
 def read_pairs(source: str | Path) -> PairSet:
     """Read a data set, finding out its layout; no picture is opened.
 
-    `source` is a folder with a metadata table, tar shards, a COCO captions file, or pictures with .txt beside
-    them (the first of these that is there is read); or one such table, shard or COCO file; or the id of a
-    data set on the Hugging Face Hub (`owner/name`; a path that exists goes first). ValueError when it is
-    missing and when no captions are found. Bad samples are listed in `PairSet.bad`.
+    `source` is a folder with a metadata table, tar shards, parquet tables with the pictures in them, a COCO
+    captions file, or pictures with .txt beside them (the first of these that is there is read); or one such
+    table, shard or COCO file; or the id of a data set on the Hugging Face Hub (`owner/name`; a path that exists
+    goes first). Of several caption columns the first of `layouts.CAPTION_COLUMNS` is read. ValueError when the
+    source is missing and when no captions are found. Bad samples are listed in `PairSet.bad`.
     """
     root = _local_path(source)
     found: list[layouts.Row] = []
@@ -188,6 +193,7 @@ def read_pairs(source: str | Path) -> PairSet:
             row.path,
             row.offset,
             row.n_bytes,
+            row.cell,
         )
         for row in sorted(found, key=lambda row: row.key)
     ]
@@ -219,29 +225,36 @@ def _rows(path: Path) -> layouts.Rows:
     if not path.is_dir():
         return _rows_of_file(path)
     files = layouts.list_files(path)
-    tables = [
+    metadata = [
         name
         for name in files
         if Path(name).stem == "metadata" and Path(name).suffix in layouts.METADATA_SUFFIXES
     ]
-    if tables:
-        folders = Counter(str(Path(name).parent) for name in tables)
+    if metadata:
+        folders = Counter(str(Path(name).parent) for name in metadata)
         doubled, n_tables = folders.most_common(1)[0]
         if n_tables > 1:
             raise ValueError(f"{path / doubled} holds {n_tables} metadata tables; keep one")
-        return chain.from_iterable(layouts.read_metadata(path, path / name) for name in tables)
+        return chain.from_iterable(layouts.read_metadata(path, path / name) for name in metadata)
     tars = [name for name in files if name.endswith(".tar")]
     if tars:
         return chain.from_iterable(shards.read_shard(path, path / name) for name in tars)
+    tables, unreadable = parquet.picture_tables(path, [name for name in files if name.endswith(".parquet")])
+    if tables:
+        return chain(unreadable, parquet.read_tables(tables))
     trees = [(path / name, layouts.coco_tree(path / name)) for name in _coco_sources(files)]
     coco = [layouts.read_coco(path, source, tree) for source, tree in trees if tree is not None]
     if coco:
-        return chain.from_iterable(coco)
-    return layouts.read_folder(path, files)
+        return chain(unreadable, *coco)
+    return chain(unreadable, layouts.read_folder(path, files))
 
 
 def _rows_of_file(path: Path) -> layouts.Rows:
     suffix = path.suffix.lower()
+    if suffix == ".parquet" and path.stem != "metadata":
+        tables, _ = parquet.picture_tables(path.parent, [path.name])
+        if tables:
+            return parquet.read_tables(tables)
     if suffix in layouts.METADATA_SUFFIXES:
         return layouts.read_metadata(path.parent, path)
     if suffix == ".tar":

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from dalle.data.layouts import (
-    CAPTION_COLUMNS,
     CAPTION_SUFFIXES,
     MAX_CAPTION_BYTES,
     PICTURE_SUFFIXES,
     BadSample,
     Rejected,
     Rows,
+    caption_column,
     captions_of_text,
     checked_row,
     is_unsafe,
@@ -125,7 +125,7 @@ def _sample(label: str, shard: Path, file: BinaryIO, members: Mapping[str, tarfi
                 if parsed is None:
                     raise Rejected("the .json member is not a JSON object")
                 record = parsed
-            column = next((column for column in CAPTION_COLUMNS if column in record), None)
+            column = caption_column(record)
             captions = record.pop(column) if column is not None else None
             if text is not None:
                 captions = captions_of_text(content(text))

@@ -212,11 +212,11 @@ def _tokenizer_stage(run: Run) -> Tokenizer:
         inputs = {"given": weights.file_sha256(given / "tokenizer.json")}
     if not _finished(run, "tokenizer", inputs, _file_hash(folder / "tokenizer.json")):
         if given:
-            tokenizer = Tokenizer.from_pretrained(given)
+            Tokenizer.from_pretrained(given)  # refuses a damaged one
+            _copy(given, folder, "tokenizer.json")
         else:
             captions = [caption for pair in run.train for caption in pair.captions]
-            tokenizer = Tokenizer.train(captions, run.recipe.tokenizer)
-        tokenizer.save_pretrained(folder)
+            Tokenizer.train(captions, run.recipe.tokenizer).save_pretrained(folder)
         _record(run, "tokenizer", inputs, weights.file_sha256(folder / "tokenizer.json"))
     return Tokenizer.from_pretrained(folder)
 
@@ -233,8 +233,9 @@ def _dvae_stage(run: Run) -> DiscreteVAE:
         inputs = {"given": weights.file_sha256(given / "model.safetensors")}
     if not _finished(run, "dvae", inputs, _file_hash(folder / "model.safetensors")):
         if given:
-            model = DiscreteVAE.from_pretrained(given)
-            state = model.state_dict()
+            DiscreteVAE.from_pretrained(given)  # refuses a damaged one
+            _copy(given, folder, "model.safetensors")
+            _record(run, "dvae", inputs, weights.file_sha256(folder / "model.safetensors"))
         else:
             torch.manual_seed(recipe.seed)  # the models draw their first weights from the global generator
             model = DiscreteVAE(recipe.dvae).to(run.device)
@@ -247,9 +248,14 @@ def _dvae_stage(run: Run) -> DiscreteVAE:
                 seed=recipe.seed,
                 balance=recipe.balance,
             )
-            state = _run_stage(run, stage)
-        _save(run, "dvae", model, state, inputs)
+            _save(run, "dvae", model, _run_stage(run, stage), inputs)
     return DiscreteVAE.from_pretrained(folder).to(run.device).eval()
+
+
+def _copy(given: Path, folder: Path, file: str) -> None:
+    """Reuse a component as it is, byte for byte: writing it anew could change its dtype or its hash."""
+    for name in (file, "config.json"):
+        weights.write_bytes(folder / name, (given / name).read_bytes())
 
 
 def _run_stage(run: Run, stage: Stage) -> dict[str, Tensor]:
