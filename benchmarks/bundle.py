@@ -30,7 +30,9 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("art", type=Path)
     parser.add_argument("--hours", required=True, help="what it was trained on and for how long")
-    parser.add_argument("--temperature", type=float, help="of the model's draws, from benchmarks/sampling_sweep.py")
+    parser.add_argument(
+        "--temperature", type=float, help="of the model's draws, from benchmarks/sampling_sweep.py"
+    )
     parser.add_argument("--guidance", type=float, help="likewise")
     arguments = parser.parse_args()
     chosen = {"temperature": arguments.temperature, "guidance": arguments.guidance}

@@ -38,6 +38,9 @@ LAYER_KINDS: tuple[LayerKind, ...] = get_args(LayerKind)
 # count), masked / split in ms: row 25/30 at G=8, 23/20 at 12, 24/15 at 16, 111/64 at 32; column 19/22, 22/17,
 # 24/14, 129/41; conv 19/35, 22/36, 24/34, 132/74. Batch 16, 8, 4, 1; T = 64, at G=32 256.
 SPLIT_FROM_GRID = {"row": 12, "column": 12, "conv": 32}
+# Up to this stream length, a CPU that trains forms the whole score matrix itself: PyTorch's fused attention is
+# fast forwards there, but not backwards. `benchmarks/attention.py` times the paths.
+EXPLICIT_TO_STREAM = 160
 # From this stream length on, a GPU uses FlexAttention, which skips empty 128 x 128 tiles of the mask. Chosen
 # for its four tiles a side, not measured.
 FLEX_FROM_STREAM = 512
@@ -159,6 +162,15 @@ class AttentionPlan:
         draw = functools.partial(dense_mask, self.kind, self.n_text, self.grid, self.kernel)
         return self._make("mask", device, torch.bool, draw)
 
+    def bias(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Gives what is added to the scores of the whole stream, 0 or -inf: (S, S)."""
+
+        def draw() -> Tensor:
+            seen = dense_mask(self.kind, self.n_text, self.grid, self.kernel)
+            return torch.zeros(seen.shape, device="cpu").masked_fill_(~seen, -math.inf)
+
+        return self._make("bias", device, dtype, draw)
+
     def window_bias(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Gives what is added to window scores, 0 or -inf: (G, G, K), K keys for a row; see `windows`."""
         return self._make("window", device, dtype, self._draw_window_bias)
@@ -219,10 +231,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
 
     A stream cut after any slot is allowed; it sees what it would see in the whole one. The path is chosen by
     device and shape alone: plain causal attention where the mask is plain causal, FlexAttention on GPUs,
-    split attention on CPUs from `SPLIT_FROM_GRID`, else masked SDPA. All give the same numbers up to
-    rounding.
+    explicit attention where a CPU trains on short streams, split attention on CPUs from `SPLIT_FROM_GRID`,
+    else masked SDPA. All give the same numbers up to rounding.
     """
     n_stream = q.shape[2]
+    if q.device.type == "cpu" and q.requires_grad and n_stream <= EXPLICIT_TO_STREAM:
+        return explicit_attention(q, k, v, plan)
     if plan.kind == "dense" or n_stream <= plan.n_caption:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     is_whole = n_stream == plan.n_stream
@@ -238,6 +252,15 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Te
     n_stream = q.shape[2]
     mask = plan.mask(q.device)[:n_stream, :n_stream]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+    """Attends as `masked_attention` does, through a score matrix in memory, with a fast backward on CPUs."""
+    n_stream = q.shape[2]
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, S, S)
+    scores = scores + plan.bias(q.device, scores.dtype)[:n_stream, :n_stream]
+    shares: Tensor = scores.softmax(dim=-1).to(v.dtype)  # autocast may have widened the softmax
+    return shares @ v
 
 
 def split_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:

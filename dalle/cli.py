@@ -217,6 +217,7 @@ def train(
     from dalle.config import load_preset, override, validate
     from dalle.pipeline import bundled_folder
     from dalle.training.loop import Stopped
+    from dalle.training.memory import keep_freed_memory
     from dalle.training.recipe import Recipe
     from dalle.training.train import STAGES
     from dalle.training.train import train as run
@@ -225,6 +226,8 @@ def train(
     chosen = STAGES if stages == "all" else tuple(part.strip() for part in stages.split(","))
     start = bundled_folder() if init_from == "bundled" else Path(init_from) if init_from else None
     place = _device(device)
+    if place.type == "cpu":
+        keep_freed_memory()
     try:
         folder = run(
             data,

@@ -18,7 +18,7 @@ D head width, V text ids (n_text_vocab + T), K image ids.
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, Self, cast
+from typing import Annotated, Any, Literal, NamedTuple, Self, cast
 
 import pydantic
 import torch
@@ -337,8 +337,33 @@ class Transformer(nn.Module):
 
 def _logits(head: nn.Linear, x: Tensor) -> Tensor:
     """Applies a head in fp32 whatever the model's dtype: 16-bit logits shift the loss (appendix D.2)."""
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
     with torch.autocast(x.device.type, enabled=False):
+        if dtype is not None and x.requires_grad and head.weight.requires_grad:
+            mixed: Tensor = _MixedLinear.apply(x.float(), head.weight.float(), dtype)  # type: ignore[no-untyped-call]
+            return mixed
         return F.linear(x.float(), head.weight.float())
+
+
+class _MixedLinear(torch.autograd.Function):
+    """A linear map exact in fp32 forwards, whose gradients are multiplied in autocast's dtype as everywhere else.
+
+    Two of a head's three matrix products are in the backward pass, and a CPU's fp32 ones are far slower.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = dtype
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        cotangent = cotangents[0].to(ctx.dtype)  # (..., V)
+        flat = cotangent.flatten(0, -2)  # (M, V)
+        for_weight = flat.T @ x.to(ctx.dtype).flatten(0, -2)  # (V, C)
+        return (cotangent @ weight.to(ctx.dtype)).float(), for_weight.float(), None
 
 
 def _is_checkable(ids: Tensor) -> bool:

@@ -13,6 +13,7 @@ from dalle.attention import (
     attend,
     attend_step_,
     dense_mask,
+    explicit_attention,
     flex_attention,
     image_offsets,
     layer_kinds,
@@ -116,11 +117,26 @@ def test_split_attention_equals_dense_masked_attention(kind: str, grid: int, ker
 
 
 @pytest.mark.parametrize("kind", LAYER_KINDS)
+@pytest.mark.parametrize("n_slots", [4, 7, 14])
+def test_explicit_attention_equals_dense_masked_attention(kind: str, n_slots: int) -> None:
+    plan = AttentionPlan(kind, 5, 3, 3)
+    heads = random_heads(plan)
+    cut = [x[:, :, :n_slots] for x in heads]
+    fast, slow = explicit_attention(*cut, plan), masked_attention(*cut, plan)
+    torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
+    cotangent = torch.randn(slow.shape, generator=torch.Generator().manual_seed(1))
+    gradients = [torch.autograd.grad(out, heads, cotangent) for out in (fast, slow)]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", LAYER_KINDS)
 @pytest.mark.parametrize("grid", [3, 12])
 def test_attend_equals_dense_masked_attention(kind: str, grid: int) -> None:
     plan = AttentionPlan(kind, 4, grid, 3)
     heads = random_heads(plan)
     torch.testing.assert_close(attend(*heads, plan), masked_attention(*heads, plan), rtol=1e-5, atol=1e-5)
+    drawing = [x.detach() for x in heads]
+    torch.testing.assert_close(attend(*drawing, plan), masked_attention(*heads, plan), rtol=1e-5, atol=1e-5)
     assert SPLIT_FROM_GRID["row"] == SPLIT_FROM_GRID["column"] == 12  # so that both paths were compared
 
 

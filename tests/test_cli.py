@@ -144,9 +144,13 @@ def shapes(data: Path, tmp_path: Path) -> Path:
 
 def write_bomb(path: Path) -> Path:
     """A PNG of a few bytes that says it has 60,000 x 60,000 pixels."""
-    header = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk)
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(100))), (b"IEND", b"")]
+    packed = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
+    ]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(packed))
     return path
 
 

@@ -246,10 +246,10 @@ def test_a_table_that_has_changed_is_read_anew_or_refused(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="has changed: it has no pictures in row group 1"):
         pairs[3].open()
     table.write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="row group 0 of .* cannot be read"):
+    with pytest.raises(ValueError, match=r"row group 0 of .* cannot be read"):
         pairs[0].open()
     table.unlink()
-    with pytest.raises(ValueError, match="row group 0 of .* cannot be read"):
+    with pytest.raises(ValueError, match=r"row group 0 of .* cannot be read"):
         pairs[0].open()
 
 
@@ -273,6 +273,6 @@ def test_inspection_describes_a_table_of_the_hub(tmp_path: Path) -> None:
     assert found.problems == (
         f"1 skipped: the row holds no picture; a path alone is not read (such as {name})",
     )
-    assert [sample for sample in read_pairs(tmp_path).bad] == [
+    assert list(read_pairs(tmp_path).bad) == [
         BadSample(name, "the row holds no picture; a path alone is not read")
     ]

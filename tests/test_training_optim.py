@@ -1,12 +1,14 @@
 """Schedules, AdamW's groups and the moving average, against the paper's numbers and hand computations."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from dalle.config import load_preset, validate
+from dalle.training import checkpoint
 from dalle.training.optim import (
     MAX_HALVINGS,
     PLATEAU_WINDOW,
@@ -15,6 +17,7 @@ from dalle.training.optim import (
     adamw,
     half_cosine,
     learning_rate,
+    muon,
 )
 from dalle.training.recipe import Optimization, Recipe
 
@@ -149,6 +152,75 @@ def test_embeddings_gains_and_biases_are_not_decayed_and_frozen_weights_are_left
         0.0: {"embedding.weight", "norm.weight", "norm.bias", "linear.bias", "convolution.bias"},
     }
     assert {(group["betas"], group["eps"]) for group in optimizer.param_groups} == {((0.9, 0.96), 1e-8)}
+
+
+class Layered(nn.Module):
+    """Repeated layers between an embedding and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 4)
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.head = nn.Linear(4, 3, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        for layer in self.layers:
+            x = x + layer(x).tanh()
+        out: Tensor = self.head(x)
+        return out
+
+
+def test_muon_moves_the_matrices_of_layers_by_orthogonal_steps_and_all_else_by_adamw() -> None:
+    steps = {}
+    for make in (muon, adamw):
+        torch.manual_seed(0)
+        model = Layered()
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        optimizer = make(model, optimization(weight_decay=0.0, learning_rate=0.1, beta2=0.96))
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01  # as the loop does: it must reach both
+        model(torch.arange(5)).square().sum().backward()
+        optimizer.step()
+        steps[make] = {
+            name: parameter.detach() - before[name] for name, parameter in model.named_parameters()
+        }
+    for name in steps[muon]:
+        if name in ("layers.0.weight", "layers.1.weight"):
+            # match_rms_adamw: 0.2 * sqrt(4) * an approximately orthogonal matrix (Liu et al. 2025, eq. 4)
+            singular = torch.linalg.svdvals(steps[muon][name] / (0.01 * 0.2 * 2))
+            assert 0.6 < float(singular.min()) and float(singular.max()) < 1.3
+        else:
+            assert torch.equal(steps[muon][name], steps[adamw][name]), name
+
+
+def test_muon_is_refused_for_a_model_without_repeated_layers() -> None:
+    with pytest.raises(ValueError, match="no repeated layers"):
+        muon(Parts(), optimization())
+
+
+def test_muon_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    def made() -> tuple[Layered, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = Layered()
+        return model, muon(model, optimization(beta2=0.96))
+
+    def updates(model: Layered, optimizer: torch.optim.Optimizer, n: int) -> None:
+        for _ in range(n):
+            optimizer.zero_grad()
+            model(torch.arange(5)).square().sum().backward()
+            optimizer.step()
+
+    whole, begun, resumed = made(), made(), made()
+    updates(*whole, 5)
+    updates(*begun, 3)
+    checkpoint.save(tmp_path, 3, begun[0], MovingAverage(begun[0], 0.9), begun[1], {})
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    checkpoint.restore(found, resumed[0], MovingAverage(resumed[0], 0.9), resumed[1])
+    updates(*resumed, 2)
+    for name, tensor in whole[0].state_dict().items():
+        assert torch.equal(tensor, resumed[0].state_dict()[name]), name
 
 
 def test_moving_average_equals_a_hand_computation() -> None:

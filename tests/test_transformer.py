@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dalle.attention import LAYER_KINDS, allowed_image_keys
 from dalle.config import validate
-from dalle.transformer import Transformer, TransformerConfig
+from dalle.transformer import Transformer, TransformerConfig, _logits
 
 N_TEXT, N_VOCAB, GRID, N_CODES = 5, 20, 4, 30
 TREE = {
@@ -262,6 +262,21 @@ def test_logits_are_fp32_under_autocast_and_in_a_bf16_model() -> None:
     assert {mixed.dtype, logits.dtype, stepped.dtype} == {torch.float32}
     torch.testing.assert_close(mixed, exact, rtol=0.1, atol=0.1)
     torch.testing.assert_close(stepped, exact[:, 1], rtol=0.1, atol=0.1)
+
+
+def test_under_autocast_logits_equal_the_fp32_product_and_gradients_are_near_its_own() -> None:
+    generator = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(16, 30, bias=False)
+    x = torch.randn(3, 5, 16, generator=generator).requires_grad_()
+    cotangent = torch.randn(3, 5, 30, generator=generator)
+    exact = torch.nn.functional.linear(x, head.weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = _logits(head, x)
+    assert torch.equal(mixed, exact)
+    gradients = [torch.autograd.grad(out, (x, head.weight), cotangent) for out in (mixed, exact)]
+    for mine, theirs in zip(*gradients, strict=True):
+        assert mine.dtype == torch.float32
+        assert float((mine - theirs).norm() / theirs.norm()) < 0.01  # bf16 keeps 8 bits
 
 
 # Mistakes

@@ -202,13 +202,14 @@ def _row(
 def _picture_sizes(file: Any, group: int, column: str) -> list[int | None]:
     """Bytes of the pictures of a row group; None where there is none.
 
-    Lengths are known only by reading all pictures. Where none is missing they are set to equal shares of the
+    Lengths are known only by reading all pictures. Where none is missing or empty they are set to equal shares of the
     bytes that the group holds, so that a fingerprint over them still tells one content from another.
     """
     description = file.metadata.row_group(group)
     chunks = [description.column(index) for index in range(description.num_columns)]
     chunk = next(chunk for chunk in chunks if chunk.path_in_schema == column)
-    if chunk.is_stats_set and chunk.statistics.has_null_count and chunk.statistics.null_count == 0:
+    known = chunk.statistics if chunk.is_stats_set else None
+    if known and known.has_null_count and known.null_count == 0 and known.has_min_max and known.min:
         share, rest = divmod(chunk.total_uncompressed_size, description.num_rows)
         return [share + (row < rest) for row in range(description.num_rows)]
     from pyarrow import compute

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dalle import images
 from dalle.training import checkpoint
 from dalle.training.log import RunLog
-from dalle.training.optim import MovingAverage, Plateau, adamw, learning_rate
+from dalle.training.optim import OPTIMIZERS, MovingAverage, Plateau, learning_rate
 from dalle.training.recipe import Optimization
 
 MAX_NON_FINITE = 20  # updates in a row whose loss or gradient is not finite before the run gives up
@@ -99,7 +99,7 @@ def train_stage(stage: Stage, run_folder: Path, dtype: torch.dtype, quiet: bool 
     """
     settings, model = stage.settings, stage.model
     root = run_folder / "checkpoints" / stage.name
-    optimizer = adamw(model, settings)
+    optimizer = OPTIMIZERS[settings.optimizer](model, settings)
     average = MovingAverage(model, settings.average_decay)
     plateau, progress = Plateau(), Progress()
     found = checkpoint.newest(root)

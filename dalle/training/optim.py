@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,63 @@ def adamw(model: nn.Module, settings: Optimization) -> torch.optim.AdamW:
         eps=1e-8,
         fused=True,
     )
+
+
+def muon(model: nn.Module, settings: Optimization) -> torch.optim.Optimizer:
+    """Muon (Jordan et al. 2024) over the matrices of the model's repeated layers, AdamW over all else.
+
+    The size of Muon's steps is matched to AdamW's (Liu et al. 2025, arXiv 2502.16982, eq. 4), so that one learning
+    rate and one weight decay serve both.
+    """
+    in_layers = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList)
+        for parameter in module.parameters()
+        if parameter.ndim == 2
+    }
+    others = adamw(model, settings)
+    matrices = []
+    for group in others.param_groups:
+        matrices += [parameter for parameter in group["params"] if id(parameter) in in_layers]
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in in_layers]
+    if not matrices:
+        raise ValueError("optimizer muon: this model has no repeated layers with matrices: use adamw")
+    return Together(
+        torch.optim.Muon(
+            matrices,
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            momentum=0.95,
+            adjust_lr_fn="match_rms_adamw",
+        ),
+        others,
+    )
+
+
+class Together(torch.optim.Optimizer):
+    """Several optimizers of different weights that step as one; groups and state are those of all of them."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self.optimizers = optimizers
+        super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
+        for optimizer in optimizers:
+            optimizer.param_groups = [
+                group for group in self.param_groups if _same(group["params"], optimizer.param_groups)
+            ]
+            optimizer.state = self.state
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Let each optimizer step."""
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+
+def _same(parameters: list[nn.Parameter], groups: list[dict[str, Any]]) -> bool:
+    return any([*map(id, parameters)] == [*map(id, group["params"])] for group in groups)
+
+
+OPTIMIZERS = {"adamw": adamw, "muon": muon}
 
 
 class MovingAverage:

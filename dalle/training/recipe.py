@@ -23,6 +23,7 @@ class Optimization(Config):
     warmup_steps: int = Field(0, ge=0)  # linear, 0 -> peak
     decay: Literal["cosine", "plateau"] = "cosine"  # plateau: halved when the training loss stalls (App. B.2)
     decay_steps: int | None = Field(None, ge=1)  # None: until the last step
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the layers; the rest keep AdamW
     beta2: float = Field(0.999, gt=0, lt=1)
     weight_decay: float = Field(ge=0)  # matrices only: gains, biases and embeddings are not decayed
     clip_norm: float | None = Field(None, gt=0)
