@@ -1,5 +1,7 @@
 """Masks against the paper's figures, fast attention against the dense masked one, and the key-value cache."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -104,29 +106,28 @@ def test_dense_mask_shows_the_caption_and_the_allowed_image_keys(kind: str, grid
             assert seen == [*range(n_text + 1), *(n_text + 1 + key for key in image)]
 
 
+def assert_equals_masked_attention(fast: Callable[..., Tensor], plan: AttentionPlan, n_slots: int) -> None:
+    """`fast` and the dense masked twin agree on the first slots of a stream, gradients included."""
+    heads = random_heads(plan)
+    cut = [x[:, :, :n_slots] for x in heads]
+    mine, theirs = fast(*cut, plan), masked_attention(*cut, plan)
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    cotangent = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(1))
+    gradients = [torch.autograd.grad(out, heads, cotangent) for out in (mine, theirs)]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", LAYER_KINDS)
 @pytest.mark.parametrize(("grid", "kernel"), [(2, 3), (5, 3), (5, 11), (12, 11)])
 def test_split_attention_equals_dense_masked_attention(kind: str, grid: int, kernel: int) -> None:
     plan = AttentionPlan(kind, 5, grid, kernel)
-    heads = random_heads(plan)
-    fast, slow = split_attention(*heads, plan), masked_attention(*heads, plan)
-    torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
-    cotangent = torch.randn(slow.shape, generator=torch.Generator().manual_seed(1))
-    gradients = [torch.autograd.grad(out, heads, cotangent) for out in (fast, slow)]
-    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+    assert_equals_masked_attention(split_attention, plan, plan.n_stream)
 
 
 @pytest.mark.parametrize("kind", LAYER_KINDS)
 @pytest.mark.parametrize("n_slots", [4, 7, 14])
 def test_explicit_attention_equals_dense_masked_attention(kind: str, n_slots: int) -> None:
-    plan = AttentionPlan(kind, 5, 3, 3)
-    heads = random_heads(plan)
-    cut = [x[:, :, :n_slots] for x in heads]
-    fast, slow = explicit_attention(*cut, plan), masked_attention(*cut, plan)
-    torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
-    cotangent = torch.randn(slow.shape, generator=torch.Generator().manual_seed(1))
-    gradients = [torch.autograd.grad(out, heads, cotangent) for out in (fast, slow)]
-    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+    assert_equals_masked_attention(explicit_attention, AttentionPlan(kind, 5, 3, 3), n_slots)
 
 
 @pytest.mark.parametrize("kind", LAYER_KINDS)
