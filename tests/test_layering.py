@@ -17,7 +17,7 @@ LAYERS = (
     ("generation",),
     ("data",),
     ("dvae", "transformer", "clip"),
-    ("tokenizer", "attention", "images"),
+    ("tokenizer", "clip_tokenizer", "attention", "images"),
     ("weights",),  # below its neighbours: a tokenizer and a PNG are written with the same atomic writes
     ("config",),
 )
@@ -50,7 +50,7 @@ def imported_files(root: Path, file: str) -> Iterator[str]:
     for node in ast.walk(ast.parse((root / file).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                if alias.name.split(".")[0] == "dalle" and alias.name != "dalle":
+                if alias.name.split(".")[0] == "dalle":
                     yield module_file(root, alias.name) or alias.name
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
@@ -106,6 +106,7 @@ def write(root: Path, files: dict[str, str]) -> Path:
         ("dalle/dvae.py", "from . import transformer\n", "dalle/transformer.py (transformer)"),
         ("dalle/dvae.py", "from dalle import pipeline\n", "dalle/pipeline.py (pipeline)"),
         ("dalle/dvae.py", "from dalle import DallePipeline\n", "dalle/__init__.py (cli)"),
+        ("dalle/dvae.py", "import dalle\n", "dalle/__init__.py (cli)"),
         ("dalle/data/pairs.py", "from ..training.loop import run\n", "dalle/training/loop.py (training)"),
         ("dalle/weights.py", "from dalle.images import open_image\n", "dalle/images.py (images)"),
         ("dalle/attention.py", "from dalle.images import open_image\n", "dalle/images.py (images)"),
