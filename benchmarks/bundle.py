@@ -9,6 +9,7 @@ import argparse
 import json
 import re
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +40,26 @@ def main() -> None:
     defaults = DallePipeline.from_pretrained(arguments.model).defaults.model_copy(
         update={name: value for name, value in chosen.items() if value is not None}
     )
-    shutil.rmtree(BUNDLED, ignore_errors=True)
-    for component in COMPONENTS:
-        shutil.copytree(arguments.model / component, BUNDLED / component)
-    write_index(BUNDLED, defaults)
-    report = evaluate(DallePipeline.from_pretrained(), read_pairs(arguments.art), BUNDLED)
-    config = weights.read_json(arguments.model / "run" / "config.json")
-    card = write_card(report, config["recipe"], (arguments.art / "README.md").read_text(), arguments.hours)
-    weights.write_bytes(BUNDLED / "README.md", card.encode())
-    size = sum(path.stat().st_size for path in BUNDLED.rglob("*") if path.is_file())
-    print(f"{BUNDLED}: {size / 1e6:.1f} MB")
-    if size > MAX_BYTES:
-        raise SystemExit(f"the bundled model may take {MAX_BYTES / 1e6:.0f} MB")
+    recipe = weights.read_json(arguments.model / "run" / "config.json")["recipe"]
+    art_card, pairs = (arguments.art / "README.md").read_text(encoding="utf-8"), read_pairs(arguments.art)
+    with tempfile.TemporaryDirectory() as temporary:  # the old model stays until the new one is whole
+        folder = Path(temporary) / "bundled"
+        for component in COMPONENTS:
+            shutil.copytree(arguments.model / component, folder / component)
+        write_index(folder, defaults)
+        pipe = DallePipeline.from_pretrained(folder)
+        pipe.name = "bundled"
+        report = evaluate(pipe, pairs, folder)
+        card = write_card(report, recipe, art_card, arguments.hours)
+        weights.write_bytes(folder / "README.md", card.encode())
+        for name in report["sheets"]:
+            enlarge(folder / name, 2)
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        if size > MAX_BYTES:
+            raise SystemExit(f"the model takes {size / 1e6:.1f} MB; {MAX_BYTES / 1e6:.0f} MB are allowed")
+        shutil.rmtree(BUNDLED, ignore_errors=True)
+        shutil.copytree(folder, BUNDLED)
+    print(json.dumps({"bundled": str(BUNDLED), "megabytes": round(size / 1e6, 1)}))
 
 
 def write_card(report: dict[str, Any], recipe: dict[str, Any], art_card: str, hours: str) -> str:
@@ -59,6 +68,8 @@ def write_card(report: dict[str, Any], recipe: dict[str, Any], art_card: str, ho
     nearest = report["nearest_of_100"]
     draws, ceiling = nearest["draws"], nearest["reconstructions"]
     training_ids = re.search(r"sha256 of the sorted training [^`]*`([0-9a-f]{64})`", art_card)
+    if training_ids is None:
+        raise ValueError("the art set's card does not state the sha256 of its training ids: build it again")
     rows = [
         f"| {split} | {figures['n_pictures']} | {dvae['splits'][split]['psnr']:.1f} | {figures['image_loss']:.2f} "
         f"| {figures['image_loss_shuffled']:.2f} | {figures['text_loss']:.2f} |"
@@ -72,6 +83,7 @@ def write_card(report: dict[str, Any], recipe: dict[str, Any], art_card: str, ho
         name: recipe[f"{name}_training"]["batch_size"] * recipe[f"{name}_training"]["accumulation"]
         for name in steps
     }
+    sampling = report["settings"]["sampling"]
     image_size, shape = recipe["dvae"]["image_size"], recipe["transformer"]
     licences = art_card[art_card.index("| style |") : art_card.index("## Splits")].strip()
     attributions = art_card[art_card.index("## Attributions") :].strip()
@@ -91,12 +103,12 @@ rarely, cannot write text or count, and blurs faces and groups of people. It can
 ## How it was trained
 
 With `dalle train` (preset `laptop`) on the open art set of `dalle data emoji`: {report["data"]["splits"]["train"]:,} pictures
-of split `train` (sha256 of the sorted training ids `{training_ids[1] if training_ids else "?"}`). {hours}.
+of split `train` (sha256 of the sorted training ids `{training_ids[1]}`). {hours}.
 
 - Tokenizer: BPE with {recipe["tokenizer"]["vocab_size"]} entries, {recipe["tokenizer"]["max_tokens"]} text tokens.
 - dVAE: {image_size} px -> {image_size // 8}x{image_size // 8} tokens of {codes} codes ({recipe["dvae"]["quantizer"]}), {steps["dvae"]:,} updates of {batches["dvae"]} pictures.
 - Transformer: {shape["n_layers"]} layers x {shape["n_heads"] * shape["d_head"]}, {steps["transformer"]:,} updates of {batches["transformer"]} pictures.
-- Stored in bfloat16.
+- Stored in {recipe["weights"]}. It draws at temperature {sampling["temperature"]:g} with guidance {sampling["guidance"]:g} unless told otherwise.
 
 ## Figures
 
@@ -141,6 +153,3 @@ def enlarge(path: Path, factor: int) -> None:
 
 if __name__ == "__main__":
     main()
-    for name in ("reconstructions.png", "draws.png"):
-        enlarge(BUNDLED / name, 2)
-    print(json.dumps({"bundled": str(BUNDLED)}))

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from dalle.data.pairs import read_pairs
-from dalle.evaluation.protocols import PictureReader, draw, nearest_of_100
+from dalle.evaluation.protocols import PictureReader, draw, nearest_of_100, zero_shot_rows
 from dalle.evaluation.sheets import spread
 from dalle.generation.options import GenerationOptions
 from dalle.pipeline import DallePipeline
@@ -34,11 +34,8 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=192)
     arguments = parser.parse_args()
     pipe, pairs = DallePipeline.from_pretrained(arguments.model), read_pairs(arguments.art)
-    easy = [
-        index
-        for index, pair in enumerate(pairs)
-        if pair.split == "combo" and not pair.fields.get("combo_hard")
-    ]
+    hard = set(zero_shot_rows(pairs))
+    easy = [index for index, pair in enumerate(pairs) if pair.split == "combo" and index not in hard]
     rows = spread(easy, arguments.limit)
     reader = PictureReader(pipe.dvae.config.image_size)
     for temperature, guidance in SETTINGS:

@@ -4,7 +4,7 @@
 
 No model or data is needed: speed depends on sizes alone. Each figure is of the fastest of the passes that fit
 into `--seconds`, so that other work on the machine disturbs it least. `draw` counts finished pictures, dVAE
-included; `dvae` and `transformer` count pictures that a training update has seen (forward, backward, AdamW).
+included; `dvae` and `transformer` count pictures that a training update has seen (forward, backward, optimizer).
 """
 
 import argparse
@@ -19,9 +19,9 @@ from dalle.config import load_preset, validate
 from dalle.dvae import DiscreteVAE
 from dalle.generation.engine import Engine
 from dalle.generation.options import GenerationOptions
-from dalle.generation.precision import as_dtype, default_dtype
-from dalle.training.optim import adamw
-from dalle.training.recipe import Recipe, transformer_config
+from dalle.generation.precision import as_dtype, decode_threads, default_dtype, threads
+from dalle.training.optim import OPTIMIZERS
+from dalle.training.recipe import Optimization, Recipe, transformer_config
 from dalle.transformer import Transformer
 
 ROWS = (1, 8, 64)  # pictures drawn side by side
@@ -61,21 +61,28 @@ def main() -> None:
         "preset": arguments.preset,
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
 
     def say(what: str, rows: int, work: Callable[[], object]) -> None:
         rate = rows / fastest(work, arguments.seconds, device)
         print(
-            json.dumps({"what": what, "rows": rows, "pictures_per_second": round(rate, 2), **where}),
+            json.dumps(
+                {
+                    "what": what,
+                    "rows": rows,
+                    "pictures_per_second": round(rate, 2),
+                    **where,
+                    "threads": torch.get_num_threads(),
+                }
+            ),
             flush=True,
         )
 
     def update(
-        model: torch.nn.Module, settings: object, loss: Callable[[], torch.Tensor]
+        model: torch.nn.Module, settings: Optimization, loss: Callable[[], torch.Tensor]
     ) -> Callable[[], None]:
-        optimizer = adamw(model, settings)  # type: ignore[arg-type]
+        optimizer = OPTIMIZERS[settings.optimizer](model, settings)
 
         def step() -> None:
             optimizer.zero_grad(set_to_none=True)
@@ -117,7 +124,8 @@ def main() -> None:
             with torch.no_grad():
                 dvae.decode(engine.generate(text[:1], seeds, options))
 
-        say("draw", rows, draw)
+        with threads(decode_threads(shape.d_model, rows)):  # as the pipeline draws
+            say("draw", rows, draw)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """The `dalle` command: parse, call, print. What a command does lives in the package; see `dalle COMMAND --help`."""
 
+import io
 import json
 import logging
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -31,6 +33,9 @@ Device = Annotated[
 
 def main() -> None:
     """Run the command line: a user's mistake is one line on stderr and exit code 2, a full disk or the like 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a caption or path may hold what the terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = app(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)  # typer returns the code of an Exit in this mode
@@ -39,7 +44,7 @@ def main() -> None:
     except KeyboardInterrupt:
         print("dalle: interrupted", file=sys.stderr)
         sys.exit(130)
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
@@ -70,14 +75,15 @@ def _device(name: str | None) -> Any:
 
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device {name!r} is unknown: use cpu, cuda or cuda:N") from None
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+        raise ValueError(f"device {name!r} is unknown: use cpu, cuda or cuda:N")
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"device {name!r}: this machine has no CUDA GPU that torch can use: pass --device cpu"
         )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r}: this machine has {torch.cuda.device_count()} GPUs, from cuda:0")
     return device
 
 
@@ -94,6 +100,13 @@ def _dtype(name: str, device: Any) -> Any:
 
 def _print_json(value: object) -> None:
     print(json.dumps(value, ensure_ascii=True))
+
+
+def _print_folder(folder: Path, as_json: bool) -> None:
+    if as_json:
+        _print_json({"folder": str(folder)})
+    else:
+        print(folder)
 
 
 @app.command()
@@ -211,6 +224,7 @@ def train(
     dtype: Dtype = "auto",
     device: Device = None,
     quiet: Annotated[bool, typer.Option(help="No progress.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Train every stage: tokenizer, dVAE, picture tokens, transformer. Stop it at any time; run it again to go on."""
     _log_to_stderr(quiet)
@@ -242,7 +256,7 @@ def train(
     except Stopped as stop:
         print(f"dalle: {stop}", file=sys.stderr)
         raise typer.Exit(128 + stop.signal_number) from None
-    print(folder)
+    _print_folder(folder, as_json)
 
 
 @app.command()
@@ -328,10 +342,14 @@ def rerun(
     from dalle.pipeline import DallePipeline
 
     recipe = images.read_recipe(image)
-    pipe = DallePipeline.from_pretrained(model)
-    drawn, agrees = pipe.rerun(recipe)
+    # Where it was drawn, if this machine has that: another device rounds otherwise.
+    pipe = DallePipeline.from_pretrained(
+        model, device=_device("cpu" if recipe.get("device") == "cpu" else None)
+    )
+    with _rows_bar("drawing", as_json) as progress:
+        drawn, agrees = pipe.rerun(recipe, progress=progress)
     path = out or image.with_name(f"{image.stem}_rerun.png")
-    images.save_png(drawn, path, recipe)
+    images.save_png(drawn, path, recipe if agrees else None)  # of other tokens it would not be the recipe
     if as_json:
         _print_json({"path": str(path), "agrees": agrees})
     else:
@@ -348,6 +366,7 @@ def import_checkpoint(
     allow_pickle: Annotated[
         bool, typer.Option(help="Read a pickle, through a restricted class list.")
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """Turn other people's checkpoints into a model folder."""
     _log_to_stderr()
@@ -363,7 +382,7 @@ def import_checkpoint(
             "(no code in them is run)"
         )
     import_openai_dvae(files[0], files[1], out)
-    print(out)
+    _print_folder(out, as_json)
 
 
 @data_app.command()

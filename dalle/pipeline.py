@@ -211,7 +211,7 @@ class DallePipeline:
             try:
                 url = api.create_repo(repo_id, private=private, exist_ok=True)
                 api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"dalle {__version__}")
-            except (OSError, ValueError) as error:
+            except Exception as error:  # those of the client's HTTP library, which differs by version, too
                 raise ValueError(f"cannot push to {repo_id!r}: {_one_line(error)}") from error
         return str(url)
 
@@ -325,10 +325,16 @@ class DallePipeline:
             is_stopped=is_stopped,
         )
 
-    def rerun(self, recipe: Mapping[str, object]) -> tuple[Image.Image, bool]:
+    def rerun(
+        self, recipe: Mapping[str, object], *, progress: Progress | None = None
+    ) -> tuple[Image.Image, bool]:
         """Draws a picture again from its recipe and says whether the tokens agree with the recorded hash.
 
         The whole recorded batch is sampled, with the recorded number of threads.
+
+        Args:
+            recipe: of a picture's PNG, or one of `PipelineOutput.recipes`.
+            progress: called with (grid rows done, of how many).
 
         Raises:
             ValueError: not a recipe, or one of another model.
@@ -345,12 +351,19 @@ class DallePipeline:
         is_consistent &= (
             truncations[batch.position * len(batch.captions) // len(batch.seeds)] == plan.truncation
         )
+        n_rows = self.transformer.config.grid_size
+
+        def on_row_end(row: int, _: Tensor) -> bool:
+            if progress is not None:
+                progress(row + 1, n_rows)
+            return False
+
         with threads(plan.threads):
             tokens = self._draw(
-                transformer, text, batch.seeds, plan.options, plan.completion, None, len(batch.seeds)
+                transformer, text, batch.seeds, plan.options, plan.completion, on_row_end, len(batch.seeds)
             )
-        drawn = tokens[batch.position]
-        image = self._decode(drawn[None])[0]
+            drawn = tokens[batch.position]
+            image = self._decode(drawn[None])[0]
         return image, is_consistent and tokens_sha256(drawn) == plan.tokens_sha256
 
     def _transformer_in(self, dtype: torch.dtype) -> Transformer:
@@ -411,7 +424,7 @@ class DallePipeline:
             n_tokens = self.tokenizer.count(caption)
             if n_tokens > len(ids):
                 logger.warning(
-                    "caption has %d tokens, read are the first %d: %r", n_tokens, len(ids), caption
+                    "caption has %d tokens, read are the first %d: %.80r", n_tokens, len(ids), caption
                 )
             truncations.append(
                 Truncation(n_tokens=n_tokens, n_kept=len(ids)) if n_tokens > len(ids) else None
@@ -483,7 +496,7 @@ def _resolve(source: str | Path | None, revision: str | None, cache_dir: str | P
         return Path(
             snapshot_download(source, revision=revision, cache_dir=cache_dir, allow_patterns=HUB_FILES)
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # as in push_to_hub
         raise ValueError(
             f"{source} is neither a folder nor to be had from the Hub: {_one_line(error)}"
         ) from error

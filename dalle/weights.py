@@ -78,7 +78,8 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 def write_json(path: str | Path, tree: object) -> None:
     """Write `tree` as indented JSON; ValueError for NaN and infinity, and the errors of `write_bytes`."""
     text = json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False)
-    write_bytes(path, (text + "\n").encode())
+    # UTF-8 has no lone surrogates; Python's escape of one is JSON's.
+    write_bytes(path, (text + "\n").encode(errors="backslashreplace"))
 
 
 def save_tensors(

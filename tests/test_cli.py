@@ -210,6 +210,36 @@ def test_a_random_seed_is_found_in_name_and_recipe(run: Run, model: Path, tmp_pa
     assert images.read_recipe(Path(row["path"]))["seed"] == row["seed"]
 
 
+def test_a_caption_of_any_unicode_is_printed_stored_and_drawn_again(
+    run: Run, model: Path, tmp_path: Path
+) -> None:
+    caption = "\udce9 🍎\x00"  # a lone surrogate is what a byte that is not UTF-8 becomes on the command line
+    ended = run("generate", caption, "--model", model, "-n", 1, "--out", tmp_path)
+    assert (ended.code, ended.err) == (0, "")
+    assert ended.out.splitlines()[0] == f"{tmp_path / '000_0.png'}  \\udce9 🍎\x00"
+    assert images.read_recipe(tmp_path / "000_0.png")["caption"] == caption
+    again = run("rerun", tmp_path / "000_0.png", "--model", model, "--out", tmp_path / "\udce9.png")
+    assert (again.code, again.out) == (0, f"{tmp_path}/\\udce9.png: the same tokens\n")
+    shown = run("generate", caption, "--model", model, "-n", 1, "--out", tmp_path, "--json")
+    assert json.loads(shown.out)["images"][0]["caption"] == caption
+
+
+def test_a_model_that_computes_no_numbers_is_one_line(run: Run, model: Path, tmp_path: Path) -> None:
+    pipe = DallePipeline.from_pretrained(model, dtype="float32")
+    with torch.no_grad():
+        pipe.transformer.norm.weight.fill_(torch.nan)
+    pipe.save_pretrained(tmp_path / "broken")
+    ended = run("generate", "a", "--model", tmp_path / "broken", "--out", tmp_path / "out")
+    assert_one_line(ended, "the transformer's logits are NaN in row 0")
+
+
+def test_a_gpu_that_is_not_there_is_one_line(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    ended = run("generate", "a", "--model", model, "--device", "cuda:2")
+    assert_one_line(ended, "device 'cuda:2': this machine has 2 GPUs, from cuda:0")
+
+
 def test_options_reach_the_recipe(run: Run, model: Path, tmp_path: Path) -> None:
     options = ["--temperature", 0.5, "--top-k", 8, "--top-p", 0.9, "--guidance", 2]
     run("generate", "a", "--model", model, "-n", 1, *options, "--out", tmp_path)
@@ -247,6 +277,7 @@ def test_truncate_cuts_a_long_caption_and_says_so(run: Run, model: Path, tmp_pat
         (["a", "--temperature", "nan"], "temperature"),
         (["a", "--top-p", "1.5"], "top_p = 1.5"),
         (["a", "--top-k", "-3"], "top_k = -3"),
+        (["a", "--top-k", "1" + "0" * 400], "top_k = 1000"),
         (["a", "--guidance", "-1"], "guidance = -1"),
         (["a", "-n", "0"], "num_images_per_prompt is 0; it must be a whole number from 1"),
         (["a", "-n", "1", "--candidates", "0"], "num_candidates is 0"),
@@ -268,6 +299,8 @@ def test_truncate_cuts_a_long_caption_and_says_so(run: Run, model: Path, tmp_pat
         ),
         (["a", "--image", "nowhere.png", "--keep-rows", "1"], "nowhere.png: no such picture file"),
         (["a", "--device", "gpu"], "device 'gpu' is unknown: use cpu, cuda or cuda:N"),
+        (["a", "--device", "meta"], "device 'meta' is unknown: use cpu, cuda or cuda:N"),
+        (["a", "--device", "cuda:x"], "device 'cuda:x' is unknown"),
         (["a", "--dtype", "float16"], "dtype is float16; allowed are auto, float32, bfloat16"),
     ],
 )
@@ -506,8 +539,8 @@ def test_a_disk_that_fills_up_at_a_checkpoint_ends_train_with_one_line_and_costs
     with monkeypatch.context() as patch:
         patch.setattr(weights, "save_tensors", full_at_step_2)
         assert_one_line(run(*command), "No space left on device", code=1)
-    kept = [path.name for path in (tmp_path / "m" / "run" / "checkpoints" / "dvae").iterdir()]
-    assert kept == ["step-1"]
+    folders = [path for path in (tmp_path / "m" / "run" / "checkpoints" / "dvae").iterdir() if path.is_dir()]
+    assert [path.name for path in folders] == ["step-1"]
     assert run(*command).code == 0
 
 
@@ -587,6 +620,41 @@ def test_rerun_ends_with_code_3_when_the_tokens_differ(run: Run, model: Path, tm
     ended = run("rerun", tmp_path / "other.png", "--model", model, "--out", tmp_path / "again.png")
     assert (ended.code, ended.err) == (3, "")
     assert ended.out == f"{tmp_path / 'again.png'}: other tokens than the recipe records\n"
+    with pytest.raises(ValueError, match="holds no recipe"):  # that of other tokens would be a lie
+        images.read_recipe(tmp_path / "again.png")
+
+
+@pytest.mark.parametrize(("drawn_on", "expected"), [("cpu", "cpu"), ("cuda", "cuda")])
+def test_rerun_draws_on_the_kind_of_device_that_the_recipe_names(
+    drawn_on: str, expected: str, run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("generate", "a", "--model", model, "-n", 1, "--out", tmp_path)
+    recipe = images.read_recipe(tmp_path / "000_0.png") | {"device": drawn_on}
+    images.save_png(Image.new("RGB", (32, 32)), tmp_path / "moved.png", recipe)
+    asked: list[str] = []
+    load = DallePipeline.from_pretrained
+
+    def record(source: str | None, *, device: torch.device) -> DallePipeline:
+        asked.append(device.type)
+        return load(source)  # on the CPU: there may be no GPU here
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(DallePipeline, "from_pretrained", record)
+    assert run("rerun", tmp_path / "moved.png", "--model", model).code == 0
+    assert asked == [expected]
+
+
+def test_commands_that_write_a_model_folder_name_it_in_json(
+    run: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "m"
+    trained = run(
+        "train", data, "--out", out, "--preset", "tiny", "--stages", "tokenizer", "--json", *MICRO[:2]
+    )
+    assert json.loads(trained.out) == {"folder": str(out)}
+    monkeypatch.setattr("dalle.importers.openai_dvae.import_openai_dvae", lambda *files: None)
+    imported = run("import", "openai-dvae", "a", "b", "--out", out, "--allow-pickle", "--json")
+    assert json.loads(imported.out) == {"folder": str(out)}
 
 
 @pytest.mark.parametrize(

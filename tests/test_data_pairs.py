@@ -142,6 +142,28 @@ def test_nested_folders_give_unique_keys(tmp_path: Path) -> None:
     assert keys == [f"{f}/{name}.png" for f in ("one", "two/deep") for name in CAPTIONS]
 
 
+def test_a_folder_that_links_lead_to_as_well_is_read_once(tmp_path: Path) -> None:
+    write_folder(tmp_path / "real")
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "real" / "up").symlink_to("..")
+    assert [pair.key for pair in read_pairs(tmp_path)] == [f"link/{name}.png" for name in CAPTIONS]
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path / "open")
+    write_folder(tmp_path / "shut")
+    scandir = os.scandir
+
+    def refused(path: str) -> object:  # permissions do not bind the superuser
+        if str(path).endswith("shut"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(PermissionError, match="shut"):
+        read_pairs(tmp_path)
+
+
 def test_metadata_keeps_splits_and_other_columns(tmp_path: Path) -> None:
     write_pictures(tmp_path)
     (tmp_path / "metadata.csv").write_text(
@@ -252,9 +274,13 @@ def test_hub_data_set_is_read_from_the_local_cache(
         read_pairs("someone/nothing")
 
 
-def test_missing_folder_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["nothing", "pipe:cat shard.tar", "https://example.org/shard.tar"])
+def test_a_missing_folder_a_pipe_and_an_address_are_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="does not exist"):
-        read_pairs(tmp_path / "nothing")
+        read_pairs(source)
 
 
 @pytest.mark.parametrize("name", ["picture.png", "notes.md", "odd.csv", "odd.json"])
@@ -342,6 +368,45 @@ def test_an_unquoted_comma_in_a_csv_caption_is_a_bad_sample_and_not_a_short_capt
     assert pairs.bad == [BadSample("metadata.csv:3", "more cells than columns: quote captions with commas")]
 
 
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_a_quote_that_is_never_closed_is_an_error_and_not_a_long_caption(tmp_path: Path, suffix: str) -> None:
+    write_pictures(tmp_path)
+    rows = [("file_name", "text"), ("a.png", '"an open quote'), ("b.png", "green"), ("c.png", "blue")]
+    comma = "\t" if suffix == "tsv" else ","
+    (tmp_path / f"metadata.{suffix}").write_text("".join(comma.join(row) + "\n" for row in rows))
+    with pytest.raises(
+        ValueError, match=r"metadata\.[ct]sv cannot be read as a table: after line 1: unexpected"
+    ):
+        read_pairs(tmp_path)
+
+
+def test_a_row_of_a_parquet_table_that_is_not_utf8_is_a_bad_sample(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    write_pictures(tmp_path)
+    texts = pyarrow.array([b"red", b"caf\xe9", b"blue"], pyarrow.binary()).view(pyarrow.string())
+    table = pyarrow.table({"file_name": [f"{name}.png" for name in CAPTIONS], "text": texts})
+    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "metadata.parquet")
+    pairs = read_pairs(tmp_path)
+    assert [pair.captions for pair in pairs] == [("red",), ("blue",)]
+    assert pairs.bad == [BadSample("metadata.parquet:2", "the row holds text that is not valid UTF-8")]
+
+
+def test_no_captioned_sample_of_a_shard_is_dropped_unseen(tmp_path: Path) -> None:
+    caption = b'{"caption": "a caption"}'
+    members = [("good.png", picture("red")), ("good.seg.png", picture("red")), ("good.json", caption)]
+    members += [("alone.json", caption), ("info.json", b"{}"), ("x.cls", b"3")]
+    members += [("photo.1.png", picture("red")), ("photo.1.txt", b"a caption")]
+    pairs = read_pairs(write_tar(tmp_path / "s.tar", members))
+    assert [pair.key for pair in pairs] == ["s.tar/good.png"]
+    assert pairs.bad == [
+        BadSample("s.tar/alone.json", "missing image file beside this caption"),
+        BadSample(
+            "s.tar/photo.1.png",
+            "a sample's name ends at its first dot, and .1.png is no suffix of a picture",
+        ),
+    ]
+
+
 def test_unsafe_irregular_and_repeated_members_of_a_shard_are_listed(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "s.tar", "w") as archive:
 
@@ -394,15 +459,17 @@ def test_a_damaged_shard_among_whole_ones_is_one_bad_sample(tmp_path: Path) -> N
     assert [sample.key for sample in pairs.bad] == ["0000d.tar", "0000e.tar"]
 
 
-def test_coco_lists_missing_pictures_and_images_without_captions(tmp_path: Path) -> None:
+def test_coco_lists_missing_pictures_and_what_has_no_counterpart(tmp_path: Path) -> None:
     write_coco(tmp_path)
     path = tmp_path / "annotations" / "captions_val2017.json"
     tree = json.loads(path.read_text())
     tree["images"].append({"id": 7, "file_name": "gone.png"})
-    tree["annotations"] = [a for a in tree["annotations"] if a["image_id"] != 0] + [{"caption": "of nothing"}]
+    tree["annotations"] = [a for a in tree["annotations"] if a["image_id"] != 0]
+    tree["annotations"] += [{"caption": "of nothing"}, {"image_id": 9, "caption": "of an image left out"}]
     path.write_text(json.dumps(tree))
     assert read_pairs(tmp_path).bad == [
         BadSample("captions_val2017.json", "an annotation without image_id"),
+        BadSample("captions_val2017.json: image 9", "captions of an image that is not listed"),
         BadSample("gone.png", "missing image file"),
         BadSample("val2017/a.png", "no caption among the annotations"),
     ]

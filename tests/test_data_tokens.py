@@ -1,5 +1,6 @@
 """The token store: exact, resumable, and apart for each dVAE, data set, crop and seed."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,24 @@ def test_corrupt_pictures_are_logged_and_left_out_of_valid(tmp_path: Path) -> No
     (tmp_path / "data" / "000009.png").write_bytes(b"not a picture")
     with pytest.raises(ValueError, match="2 of 20 samples are bad"):
         encode_pairs(read_pairs(tmp_path / "data"), make_dvae(), tmp_path / "run", crop="paper", seed=0)
+
+
+def test_skipped_samples_are_listed_and_count_among_all_samples(tmp_path: Path) -> None:
+    write_shapes(tmp_path / "data", n=199, seed=0)
+    (tmp_path / "data" / "orphan.txt").write_text("no picture")
+    broken = tmp_path / "data" / "000004.png"
+    broken.write_bytes(broken.read_bytes()[:50])  # 2 of 200 are bad, not 2 of 199
+    encode_pairs(read_pairs(tmp_path / "data"), make_dvae(), tmp_path / "run", crop="center", seed=0)
+    listed = (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["key"] for line in listed] == ["orphan.txt", "000004.png"]
+
+
+def test_bad_samples_of_another_data_set_in_the_same_folder_do_not_count(tmp_path: Path) -> None:
+    for name in ("one", "two", "three"):
+        write_shapes(tmp_path / name / name, n=8, seed=0)
+        (tmp_path / name / name / "000004.png").write_bytes(b"not a picture")
+        store = encode_pairs(read_pairs(tmp_path / name), make_dvae(), tmp_path, crop="center", seed=0)
+        assert len(store.valid) == 7
 
 
 def test_mistakes_are_named(tmp_path: Path, pairs: PairSet) -> None:

@@ -32,7 +32,7 @@ from dalle.evaluation.protocols import (
     nearest_of_100,
 )
 from dalle.evaluation.report import evaluate
-from dalle.evaluation.sheets import spread
+from dalle.evaluation.sheets import pairs_sheet, spread
 from dalle.pipeline import DallePipeline
 from dalle.tokenizer import Tokenizer, TokenizerConfig
 from dalle.transformer import Transformer, TransformerConfig
@@ -180,6 +180,20 @@ def test_distractors_share_the_style_and_not_the_object_and_depend_on_the_key_al
     assert not {7, 157} & set(chosen)
     assert chosen == distractors(pairs, 7, pool)
     assert chosen != distractors(pairs, 8, pool)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8])
+def test_every_picture_of_a_sheet_stands_above_its_answer(n: int) -> None:
+    shade = (torch.arange(n) + 1).view(n, 1, 1, 1).expand(n, 3, 4, 4) / 20
+    sheet = np.asarray(pairs_sheet(shade, shade + 0.5, columns=3)).astype(int)[::6, ::6, 0]  # a pixel a cell
+    expected = np.full((2 * math.ceil(n / 3), min(n, 3)), 255)
+    for i in range(n):
+        row, column = divmod(i, 3)
+        expected[2 * row : 2 * row + 2, column] = [
+            round(255 * (i + 1) / 20),
+            round(255 * ((i + 1) / 20 + 0.5)),
+        ]
+    assert sheet == pytest.approx(expected, abs=1)
 
 
 def test_spread_takes_evenly_and_never_more_than_there_are() -> None:

@@ -12,6 +12,7 @@ from dalle.generation.options import GenerationOptions
         {"temperature": -0.1},
         {"temperature": float("nan")},
         {"top_k": 0},
+        {"top_k": 2**16 + 1},
         {"top_k": 2.5},
         {"top_p": 0.0},
         {"top_p": 1.1},

@@ -110,6 +110,13 @@ def test_temperature_zero_is_argmax_whatever_the_uniform() -> None:
     assert sample(logits, uniform, GenerationOptions(temperature=0)).tolist() == [1, 1, 1]
 
 
+@pytest.mark.parametrize("temperature", [1e-7, 1e-45, 5e-324])
+def test_a_temperature_too_small_to_divide_by_is_argmax(temperature: float) -> None:
+    logits = torch.tensor([[0.0, 3.0, 1.0]])
+    uniform = torch.tensor([0.99], dtype=torch.float64)
+    assert sample(logits, uniform, GenerationOptions(temperature=temperature)).tolist() == [1]
+
+
 def test_top_k_one_is_argmax() -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0]])
     uniform = torch.tensor([0.99], dtype=torch.float64)

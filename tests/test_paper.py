@@ -139,7 +139,8 @@ def test_a_layer_is_the_pre_norm_formula_written_out() -> None:
     def linear(x: torch.Tensor, name: str) -> torch.Tensor:
         return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
 
-    x = torch.randn(2, n, width)
+    # One stream of the usual size, one so small that LayerNorm's epsilon counts.
+    x = torch.randn(2, n, width) * torch.tensor([1.0, 3e-3])[:, None, None]
     q, k, v = linear(norm(x, "attention"), "attention.qkv").split(width, dim=-1)
     heads = []
     for head in torch.arange(width).chunk(n_heads):

@@ -235,6 +235,7 @@ def test_a_caption_too_long_is_refused_or_cut_in_the_open(
     with caplog.at_level(logging.WARNING):
         out = pipe([caption, "two cats"], truncate=True)
     assert f"caption has {n_tokens} tokens" in caplog.text
+    assert len(caplog.messages[0]) < 160  # of a caption that may have a million characters
     assert out.recipes[0]["truncation"] == {"n_tokens": n_tokens, "n_kept": N_TEXT}
     assert out.recipes[1]["truncation"] is None
     assert pipe.rerun(out.recipes[0])[1]
@@ -273,8 +274,29 @@ def test_rerun_samples_with_the_recorded_threads_and_puts_them_back(pipe: DalleP
     recipe = pipe("two cats").recipes[0]
     assert recipe["threads"] == 1
     torch.set_num_threads(2)
-    assert pipe.rerun(recipe)[1]
+    seen: list[int] = []
+
+    def watch(*_: object) -> None:
+        seen.append(torch.get_num_threads())
+
+    parts = [pipe.transformer.norm, *pipe.dvae.decoder.modules()]
+    hooks = [part.register_forward_pre_hook(watch) for part in parts]
+    try:
+        assert pipe.rerun(recipe)[1]
+        assert pipe.rerun(recipe | {"threads": 3})[1]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    n_steps = len(seen) // 2
+    assert seen == [1] * n_steps + [3] * n_steps and n_steps > 1
     assert torch.get_num_threads() == 2
+
+
+def test_rerun_counts_the_rows_of_its_batch(pipe: DallePipeline) -> None:
+    recipe = pipe(CAPTIONS, num_images_per_prompt=2).recipes[3]
+    seen: list[tuple[int, int]] = []
+    assert pipe.rerun(recipe, progress=lambda *at: seen.append(at))[1]
+    assert seen == [(done, GRID) for done in range(1, GRID + 1)]
 
 
 def test_a_recipe_of_another_model_is_refused(pipe: DallePipeline) -> None:
@@ -516,3 +538,22 @@ def test_push_to_hub_uploads_a_whole_model_folder(
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload)
     assert pipe.push_to_hub("someone/tiny") == "https://hub/someone/tiny"
     assert DallePipeline.from_pretrained(tmp_path / "someone" / "tiny").model_sha256 == pipe.model_sha256
+
+
+class NotAnOSError(Exception):
+    """As those of the HTTP libraries under the Hub's client, which differ from version to version."""
+
+
+def fail_to_connect(*_: object, **__: object) -> None:
+    raise NotAnOSError("connection refused:\nis there a network?")
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(
+    pipe: DallePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", fail_to_connect)
+    with pytest.raises(ValueError, match="cannot push to 'someone/tiny': connection refused: is there a net"):
+        pipe.push_to_hub("someone/tiny")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail_to_connect)
+    with pytest.raises(ValueError, match="someone/tiny is neither a folder nor to be had from the Hub: conn"):
+        DallePipeline.from_pretrained("someone/tiny")

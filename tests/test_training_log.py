@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import threading
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -68,6 +69,33 @@ def test_tensorboard_gets_the_numbers_of_each_stage(tmp_path: Path) -> None:
     events = EventAccumulator(str(file)).Reload()
     [scalar] = events.Scalars("dvae/loss")
     assert (scalar.step, scalar.value) == (4, 0.5)
+
+
+def test_tensorboard_forgets_what_a_killed_process_logged_after_its_last_checkpoint(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for done, steps in ((0, (2, 4, 6)), (4, (6, 8))):
+        with RunLog(tmp_path, "dvae", steps=10, done=done, quiet=True) as log:
+            for step in steps:
+                log.metrics(step, {"loss": float(done)})
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "dvae")).Reload()
+    scalars = [(scalar.step, scalar.value) for scalar in events.Scalars("dvae/loss")]
+    assert scalars == [(2, 0.0), (4, 0.0), (6, 4.0), (8, 4.0)]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a file that is always full")
+@pytest.mark.parametrize("full", ["metrics.jsonl", "tensorboard"])
+def test_a_full_disk_is_one_error_that_names_the_file(full: str, tmp_path: Path) -> None:
+    n_threads = threading.active_count()
+    with RunLog(tmp_path, "dvae", steps=10, done=0, quiet=True) as log:
+        log.metrics(1, {"loss": 1.0})
+        assert threading.active_count() == n_threads, "a thread would show its own traceback"
+        path = tmp_path / full if full == "metrics.jsonl" else log._board.path
+        path.unlink()
+        path.symlink_to("/dev/full")
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            log.metrics(2, {"loss": 1.0})
+        assert str(caught.value) == f"cannot write {path}: No space left on device"
 
 
 def test_pictures_a_second_count_this_process_only(tmp_path: Path) -> None:

@@ -217,6 +217,27 @@ def test_a_signal_finishes_the_update_saves_and_the_same_call_goes_on_to_the_sam
     assert finished.seen == [], "a finished stage computes nothing"
 
 
+@pytest.mark.parametrize("place", ["update", "checkpoint"])
+def test_a_signal_in_the_last_update_ends_the_run_too_and_no_later_stage_begins(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run(LineStage(), tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="after update 6"):
+        if place == "checkpoint":
+            save = checkpoint.save
+
+            def signalled(root: Path, step: int, *parts: Any) -> Path:
+                if step == 6:
+                    signal.raise_signal(signal.SIGTERM)
+                return save(root, step, *parts)
+
+            patch.setattr(checkpoint, "save", signalled)
+        run(LineStage(stop_at=6 if place == "update" else None), tmp_path / "cut")
+    resumed = LineStage()
+    assert torch.equal(run(resumed, tmp_path / "cut")["weight"], expected["weight"])
+    assert resumed.seen == [], "all was saved"
+
+
 def test_a_run_in_another_thread_leaves_the_signals_alone(tmp_path: Path) -> None:
     done: list[dict[str, Tensor]] = []
     thread = threading.Thread(target=lambda: done.append(run(LineStage(steps=2), tmp_path)))

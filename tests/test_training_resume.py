@@ -167,7 +167,7 @@ def test_broken_newest_checkpoint_falls_back_and_says_so(
 
 def test_checkpoints_keep_the_last_two(uninterrupted: Path) -> None:
     for stage in ("dvae", "transformer"):
-        kept = sorted(path.name for path in (uninterrupted / "run" / "checkpoints" / stage).iterdir())
+        kept = sorted(path.name for path in (uninterrupted / "run" / "checkpoints" / stage).glob("step-*"))
         assert kept == ["step-6", "step-7"]
         names = {path.name for path in (uninterrupted / "run" / "checkpoints" / stage / "step-7").iterdir()}
         assert "model.safetensors" not in names

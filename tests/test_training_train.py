@@ -16,6 +16,7 @@ from dalle.config import load_preset, override, validate
 from dalle.data.shapes import write_shapes
 from dalle.dvae import DiscreteVAE, DVAEConfig
 from dalle.pipeline import DallePipeline
+from dalle.training import train as training
 from dalle.training.recipe import Recipe
 from dalle.training.train import train
 
@@ -170,6 +171,35 @@ def test_init_from_reuses_tokenizer_and_dvae_byte_for_byte_and_continues_the_tra
     DallePipeline.from_pretrained(out)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("tokenizer",),
+        ("transformer",),
+        ("tokenizer", "dvae"),
+        ("tokenizer", "transformer"),
+        ("dvae", "transformer"),
+    ],
+    ids="+".join,
+)
+def test_init_from_takes_any_of_the_components_and_trains_the_rest(
+    given: tuple[str, ...], data: Path, trained: Path, tmp_path: Path
+) -> None:
+    for component in given:
+        shutil.copytree(trained / component, tmp_path / "given" / component)
+    slow = ("transformer_training.learning_rate=1e-9", "transformer_training.final_learning_rate=1e-9")
+    out = run(data, tmp_path / "model", "seed=1", *slow, init_from=tmp_path / "given")
+    DallePipeline.from_pretrained(out)
+    dvae = "dvae/model.safetensors"
+    assert ((out / dvae).read_bytes() == (trained / dvae).read_bytes()) is ("dvae" in given)
+    assert {row["stage"] for row in rows(out)} == {"dvae", "transformer"} - (set(given) & {"dvae"})
+    before, after = (
+        weights.load_tensors(folder / "transformer/model.safetensors") for folder in (trained, out)
+    )
+    is_near = all(torch.allclose(before[name], tensor, atol=1e-6) for name, tensor in after.items())
+    assert is_near is ("transformer" in given)
+
+
 def test_a_given_dvae_keeps_its_digits_in_a_recipe_that_stores_bfloat16(
     data: Path, trained: Path, tmp_path: Path
 ) -> None:
@@ -220,9 +250,24 @@ def test_init_from_a_folder_without_components_is_refused(
 def test_init_from_parts_that_do_not_fit_is_refused(data: Path, trained: Path, tmp_path: Path) -> None:
     given = tmp_path / "given"
     shutil.copytree(trained / "transformer", given / "transformer")  # without its tokenizer
-    with pytest.raises(ValueError, match="the transformer was made for") as caught:
-        run(data, tmp_path / "model", "tokenizer.vocab_size=270", init_from=given)
-    print(caught.value)
+    with pytest.raises(ValueError, match=r"the tokenizer has \d+ .*the transformer was made for"):
+        run(data, tmp_path / "other-tokenizer", "tokenizer.vocab_size=270", init_from=given)
+    with pytest.raises(ValueError, match="the dVAE has 27 codes; the transformer was made for 64"):
+        run(data, tmp_path / "other-dvae", "dvae.n_codes=27", "dvae.fsq_levels=[3,3,3]", init_from=given)
+    for name in ("other-tokenizer", "other-dvae"):
+        assert not (tmp_path / name / "run" / "checkpoints").exists(), "said before a dVAE is trained"
+
+
+def test_a_model_is_not_overwritten_by_another(data: Path, trained: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(trained, model, ignore=shutil.ignore_patterns("run"))
+    before = weights.file_sha256(model / "transformer" / "model.safetensors")
+    with pytest.raises(ValueError, match="holds a model that was not trained there: choose another --out"):
+        run(data, model)
+    with pytest.raises(ValueError, match="is --out as well, and would be overwritten: choose another --out"):
+        run(data, model, init_from=model)
+    assert weights.file_sha256(model / "transformer" / "model.safetensors") == before
+    DallePipeline.from_pretrained(model)
 
 
 # Stale stages, other settings, locks
@@ -245,6 +290,40 @@ def test_a_dvae_that_is_trained_anew_makes_the_transformer_stale(data: Path, cop
     weights.write_json(copy / "run" / "stages.json", records)
     with pytest.raises(ValueError, match=r"stage transformer in .* is stale \(dvae: "):
         run(data, copy)
+
+
+def forget(out: Path, stage: str) -> None:
+    """Does what the error about a stale stage says."""
+    shutil.rmtree(out / stage)
+    shutil.rmtree(out / "run" / "checkpoints" / stage)
+    records = weights.read_json(out / "run" / "stages.json")
+    del records[stage]
+    weights.write_json(out / "run" / "stages.json", records)
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_dvae_trained_anew_as_told_makes_the_transformer_stale_half_trained_or_finished(
+    is_finished: bool, data: Path, copy: Path
+) -> None:
+    slower = "dvae_training.learning_rate=1e-4"  # stands for a GPU, where no two runs are alike
+    config = weights.read_json(copy / "run" / "config.json")
+    config["recipe"] = recipe(slower).model_dump(mode="json")
+    weights.write_json(copy / "run" / "config.json", config)
+    if not is_finished:  # as a kill before the last stage's end leaves it
+        records = weights.read_json(copy / "run" / "stages.json")
+        del records["transformer"]
+        weights.write_json(copy / "run" / "stages.json", records)
+    forget(copy, "dvae")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"stage transformer in .* is stale \(dvae: "):
+            run(data, copy, slower)
+    with pytest.raises(ValueError, match="training has not finished"):
+        DallePipeline.from_pretrained(copy)
+    if is_finished:
+        forget(copy, "transformer")
+    else:
+        shutil.rmtree(copy / "run" / "checkpoints" / "transformer")
+    DallePipeline.from_pretrained(run(data, copy, slower))
 
 
 def test_another_setting_and_other_data_are_named_on_resume(data: Path, copy: Path, tmp_path: Path) -> None:
@@ -302,6 +381,27 @@ def test_without_a_validation_split_other_held_out_pictures_are_looked_at(tmp_pa
     source = table(tmp_path / "data", ["train"] * 6 + ["test"] * 2 + ["excluded"])
     out = run(source, tmp_path / "model", stages=("dvae",))
     assert any("validation_psnr" in row for row in rows(out))
+
+
+def test_held_out_pictures_that_cannot_be_read_are_one_clear_error(trained: Path, tmp_path: Path) -> None:
+    source = table(tmp_path / "data", ["train"] * 6 + ["validation"])
+    (source / "000006.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"no picture of split validation can be read; see run/bad_samples"):
+        run(source, tmp_path / "model", init_from=trained)
+
+
+def test_encoding_says_how_far_it_is(
+    data: Path,
+    trained: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(training, "LINE_SECONDS", 0.0)
+    cpu = torch.device("cpu")
+    with caplog.at_level(logging.INFO):
+        train(str(data), tmp_path / "m", recipe(), init_from=trained, device=cpu, dtype=torch.float32)
+    assert "encoding 16/16 pictures" in [record.getMessage() for record in caplog.records]
 
 
 def test_bad_samples_are_listed_and_more_than_one_percent_end_the_run(

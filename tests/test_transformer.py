@@ -30,7 +30,7 @@ def small_config(*layers: str) -> TransformerConfig:
 
 
 def lively(config: TransformerConfig) -> Transformer:
-    """A model whose logits depend on all its weights: a fresh one has zero heads."""
+    """A model whose logits depend strongly on all its weights: a fresh one has heads near zero."""
     model = Transformer(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -237,6 +237,12 @@ def test_json_survives_the_round_trip(tmp_path: Path) -> None:
     assert (tmp_path / "a.json").read_text(encoding="utf-8").endswith("}\n")
 
 
+def test_json_survives_what_utf_8_cannot_spell(tmp_path: Path) -> None:
+    tree = {"caption": "caf\udce9 \\ \ud800\x00 🍎"}
+    weights.write_json(tmp_path / "a.json", tree)
+    assert weights.read_json(tmp_path / "a.json") == tree
+
+
 def test_json_has_no_nan(tmp_path: Path) -> None:
     with pytest.raises(ValueError):
         weights.write_json(tmp_path / "a.json", {"loss": float("nan")})

@@ -29,6 +29,7 @@ DOCUMENTS = frozenset({"readme", "license", "licence", "copying", "notice", "att
 MAX_PICTURE_BYTES = 256 * 2**20
 MAX_CAPTION_BYTES = 2**20  # a caption file or the JSON of one sample
 MAX_CAPTION_CHARACTERS = 32_000
+NOT_UTF8 = "the row holds text that is not valid UTF-8"
 
 
 class BadSample(NamedTuple):
@@ -65,16 +66,18 @@ def list_files(root: Path) -> dict[str, int]:
     """Sizes in bytes of the files below a folder, by "/"-separated relative path, sorted.
 
     Hidden files are left out. Links are followed (a Hub snapshot consists of them), each folder once.
+    OSError for a folder that cannot be read.
     """
     sizes: dict[str, int] = {}
-    entered: set[str] = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        entered.add(os.path.realpath(folder))
-        subfolders[:] = sorted(
-            name
-            for name in subfolders
-            if not name.startswith(".") and os.path.realpath(os.path.join(folder, name)) not in entered
-        )
+    entered = {os.path.realpath(root)}
+    for folder, subfolders, names in os.walk(root, onerror=_raise, followlinks=True):
+        visible = sorted(name for name in subfolders if not name.startswith("."))
+        subfolders.clear()
+        for name in visible:
+            target = os.path.realpath(os.path.join(folder, name))
+            if target not in entered:  # else its pictures would come twice, perhaps held out and trained on
+                entered.add(target)
+                subfolders.append(name)
         for name in names:
             path = os.path.join(folder, name)
             n_bytes = _file_size(path)
@@ -86,6 +89,10 @@ def list_files(root: Path) -> dict[str, int]:
 def printable(key: str) -> str:
     """The key with bytes that are not UTF-8 shown as escapes, so that it can be written anywhere."""
     return key.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _file_size(path: str) -> int | None:
@@ -256,7 +263,8 @@ def _table_records(table: Path, label: str) -> Iterator[tuple[int, dict[str, Any
     """The line number and the cells of each row."""
     suffix = table.suffix.lower()
     if suffix == ".parquet":
-        yield from enumerate(_parquet_records(table), start=1)
+        for number, cells in enumerate(_parquet_records(table), start=1):
+            yield number, BadSample(f"{label}:{number}", NOT_UTF8) if cells is None else cells
         return
     # bytes that are no UTF-8 become lone surrogates, which the checks find row by row
     with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
@@ -265,9 +273,10 @@ def _table_records(table: Path, label: str) -> Iterator[tuple[int, dict[str, Any
                 if line.strip():
                     yield number, json_object(line) or BadSample(f"{label}:{number}", "not a JSON object")
             return
-        rows = csv.DictReader(lines, delimiter="\t" if suffix == ".tsv" else ",")
-        _require_columns(table, rows.fieldnames or ())
+        # strict: a quote that is never closed would silently make one caption of the rest of the table
+        rows = csv.DictReader(lines, delimiter="\t" if suffix == ".tsv" else ",", strict=True)
         try:
+            _require_columns(table, rows.fieldnames or ())
             for cells in rows:
                 number = rows.line_num
                 if None in cells:  # an unquoted comma would silently cut the caption
@@ -282,7 +291,9 @@ def _table_records(table: Path, label: str) -> Iterator[tuple[int, dict[str, Any
                         record[column] = _json_list(cells[column])
                 yield number, record
         except csv.Error as error:
-            raise ValueError(f"{table} cannot be read as a table: line {rows.line_num}: {error}") from None
+            raise ValueError(
+                f"{table} cannot be read as a table: after line {rows.line_num}: {error}"
+            ) from None
 
 
 def open_parquet(table: Path) -> Any:
@@ -297,16 +308,28 @@ def open_parquet(table: Path) -> Any:
         raise Rejected(f"cannot be read as parquet: {error}") from None
 
 
-def _parquet_records(table: Path) -> Iterator[dict[str, Any]]:
+def _parquet_records(table: Path) -> Iterator[dict[str, Any] | None]:
     try:
         with open_parquet(table) as file:
             _require_columns(table, file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=4096):
-                yield from batch.to_pylist()
+                yield from parquet_rows(batch)
     except Rejected as error:
         raise ValueError(f"{table} {error}") from None
     except OSError as error:
         raise ValueError(f"{table} cannot be read as parquet: {error}") from None
+
+
+def parquet_rows(cells: Any) -> Iterator[dict[str, Any] | None]:
+    """The cells of each row of a pyarrow table or batch; None for a row with text that is not UTF-8."""
+    try:
+        yield from cells.to_pylist()
+    except UnicodeDecodeError:  # raised before the first row
+        for row in range(cells.num_rows):
+            try:
+                yield cells.slice(row, 1).to_pylist()[0]
+            except UnicodeDecodeError:
+                yield None
 
 
 def _require_columns(table: Path, columns: Sequence[str]) -> None:
@@ -365,6 +388,7 @@ def read_coco(root: Path, source: Path, tree: Mapping[str, Any]) -> Rows:
     homes = [source.parent / split_name, source.parent]
     if source.parent.name == "annotations" and source.parent != root:
         homes += [source.parent.parent / split_name, source.parent.parent]
+    listed: set[object] = set()
     for image in tree["images"]:
         record = dict(image) if isinstance(image, dict) else {}
         name, number = record.pop("file_name", None), record.pop("id", None)
@@ -372,6 +396,7 @@ def read_coco(root: Path, source: Path, tree: Mapping[str, Any]) -> Rows:
         try:
             if not isinstance(name, str) or not isinstance(number, int | str):
                 raise Rejected("an image without file_name and id")
+            listed.add(number)
             if is_unsafe(name):
                 raise Rejected(f"unsafe path {printable(name)!r}")
             path = next((home / name for home in homes if _file_size(str(home / name)) is not None), None)
@@ -383,3 +408,7 @@ def read_coco(root: Path, source: Path, tree: Mapping[str, Any]) -> Rows:
             yield checked_row(key, captions[number], record, str(path), _file_size(str(path)))
         except Rejected as error:
             yield BadSample(printable(key), str(error))
+    for number in captions.keys() - listed:
+        yield BadSample(
+            printable(f"{source.name}: image {number}"), "captions of an image that is not listed"
+        )

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -121,8 +121,17 @@ class BadSampleLog:
     A key counts once. What an earlier run wrote into the file counts too: a resumed run meets the same limit.
     """
 
-    def __init__(self, path: Path, total: int, limit: float = MAX_BAD_FRACTION) -> None:
-        """`total` is the number of samples of the run; `limit` the fraction of them that may be bad."""
+    def __init__(
+        self,
+        path: Path,
+        total: int,
+        limit: float = MAX_BAD_FRACTION,
+        keys: Collection[str] | None = None,
+    ) -> None:
+        """`total` is the number of samples of the run; `limit` the fraction of them that may be bad.
+
+        With `keys`, what the file says of other samples does not count: it is of another data set.
+        """
         self.path = Path(path)
         self.total = total
         self.limit = limit
@@ -133,7 +142,7 @@ class BadSampleLog:
             self._ends_torn = bool(text) and not text.endswith("\n")  # killed within a line
             for line in text.splitlines():
                 record = layouts.json_object(line)
-                if record and isinstance(record.get("key"), str):
+                if record and isinstance(record.get("key"), str) and (keys is None or record["key"] in keys):
                     self._reasons[record["key"]] = str(record.get("reason", ""))
 
     def __len__(self) -> int:

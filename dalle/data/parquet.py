@@ -8,12 +8,13 @@ import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from dalle.data.layouts import (
     CAPTION_COLUMNS,
+    NOT_UTF8,
     BadSample,
     Rejected,
     Row,
@@ -22,6 +23,7 @@ from dalle.data.layouts import (
     checked_row,
     is_unsafe,
     open_parquet,
+    parquet_rows,
     printable,
 )
 
@@ -155,22 +157,10 @@ def _read_table(table: PictureTable, caption: str, split: str | None) -> Rows:
                 place = f"{table.label}/{start:0{n_digits}}"
                 yield BadSample(printable(place), f"{n_rows} rows from here cannot be read: {error}")
             else:
-                for row, record in enumerate(_records(cells)):
+                for row, record in enumerate(parquet_rows(cells)):
                     key = f"{table.label}/{start + row:0{n_digits}}"
                     yield _row(table, key, caption, split, record, sizes[row], (group, row))
             start += n_rows
-
-
-def _records(cells: Any) -> Iterator[dict[str, Any] | None]:
-    """The cells of each row; None for a row with text that is not UTF-8."""
-    try:
-        yield from cells.to_pylist()
-    except UnicodeDecodeError:  # raised before the first row
-        for row in range(cells.num_rows):
-            try:
-                yield cells.slice(row, 1).to_pylist()[0]
-            except UnicodeDecodeError:
-                yield None
 
 
 def _row(
@@ -184,7 +174,7 @@ def _row(
 ) -> Row | BadSample:
     try:
         if record is None:
-            raise Rejected("the row holds text that is not valid UTF-8")
+            raise Rejected(NOT_UTF8)
         picture: Mapping[str, Any] = record.pop(table.picture, None) or {}
         path = picture.get("path")
         if isinstance(path, str) and path and not is_unsafe(path):

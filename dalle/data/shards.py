@@ -111,10 +111,17 @@ def _sample(label: str, shard: Path, file: BinaryIO, members: Mapping[str, tarfi
     pictures = [member for suffix, member in members.items() if suffix in PICTURE_SUFFIXES]
     text = next((suffix for suffix in CAPTION_SUFFIXES if suffix in members), None)
     if not pictures:
-        if text is not None:
-            yield BadSample(
-                printable(f"{label}/{members[text].name}"), "missing image file beside this caption"
-            )
+        for suffix, member in members.items():
+            if suffix in CAPTION_SUFFIXES or (
+                suffix == ".json" and caption_column(json_object(content(suffix)) or {})
+            ):
+                reason = "missing image file beside this caption"
+            elif suffix.endswith((*PICTURE_SUFFIXES, *CAPTION_SUFFIXES)):
+                reason = f"a sample's name ends at its first dot, and {suffix} is no suffix of a picture"
+            else:
+                continue
+            yield BadSample(printable(f"{label}/{member.name}"), reason)
+            break  # one a sample
         return
     for picture in pictures:
         key = f"{label}/{picture.name}"

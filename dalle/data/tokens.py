@@ -74,8 +74,8 @@ def encode_pairs(
     """Encode all pictures into `folder`/tokens/HASH/; HASH stands for dVAE, pairs, crop and seed.
 
     A store that was left unfinished is continued, a finished one is returned. `progress` is called with the
-    number of pictures done and of all. Unreadable pictures go to `folder`/bad_samples.jsonl; ValueError when
-    they are more than 1 %.
+    number of pictures done and of all. Unreadable pictures and the samples that `pairs` skipped go to
+    `folder`/bad_samples.jsonl; ValueError when they are more than 1 %.
     """
     if not len(pairs):
         raise ValueError("there are no pictures to encode: the set is empty")
@@ -86,7 +86,7 @@ def encode_pairs(
     settings = _settings(pairs, dvae, crop, seed)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     store = Path(folder) / "tokens" / digest[:12]
-    bad_samples = BadSampleLog(Path(folder) / "bad_samples.jsonl", len(pairs))
+    bad_samples = _log_of_bad_samples(Path(folder), pairs)
     n_done, invalid = _open_or_create(store, settings, pairs, dvae.config.grid_size)
     if n_done == len(pairs):
         return TokenStore(store)
@@ -124,6 +124,14 @@ def _settings(pairs: PairSet, dvae: DiscreteVAE, crop: Crop, seed: int) -> dict[
         "crop": crop,
         "seed": seed,
     }
+
+
+def _log_of_bad_samples(folder: Path, pairs: PairSet) -> BadSampleLog:
+    keys = {pair.key for pair in pairs} | {sample.key for sample in pairs.bad}
+    log = BadSampleLog(folder / "bad_samples.jsonl", len(pairs) + len(pairs.bad), keys=keys)
+    for sample in pairs.bad:
+        log.add(sample.key, sample.reason)
+    return log
 
 
 def _encode(pictures: Sequence[Image], dvae: DiscreteVAE) -> NDArray[np.int64]:

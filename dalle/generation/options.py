@@ -21,8 +21,8 @@ class GenerationOptions(Config):
 
     # Divides the logits; 0 takes the most likely token (argmax, as for the blog's Raven's matrices).
     temperature: Annotated[float, Field(ge=0.0, le=100.0, allow_inf_nan=False)] = 1.0
-    # Only the k most likely tokens can be drawn; None: all.
-    top_k: Annotated[int, Field(ge=1)] | None = None
+    # Only the k most likely tokens can be drawn; None: all. No vocabulary is larger than uint16 can count.
+    top_k: Annotated[int, Field(ge=1, le=2**16)] | None = None
     # Only the fewest tokens whose probabilities add up to p can be drawn; None: all.
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     # s in uncond + s * (cond - uncond), Ho & Salimans 2022; 1 is no guidance, 0 ignores the caption.

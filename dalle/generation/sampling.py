@@ -12,6 +12,7 @@ from torch import Tensor
 from dalle.generation.options import GenerationOptions
 
 MAX_SEED = 2**63 - 1
+MIN_TEMPERATURE = 1e-6  # below it the draw is the likeliest token anyway, and the division could overflow
 
 
 def uniforms(seed: int, n_tokens: int) -> Tensor:
@@ -87,7 +88,7 @@ def sample(logits: Tensor, uniform: Tensor, options: GenerationOptions) -> Tenso
         (B,) int64.
     """
     logits = logits.float()
-    if options.temperature == 0:
+    if options.temperature < MIN_TEMPERATURE:
         return logits.argmax(dim=-1)
     logits = apply_temperature(logits, options.temperature)
     if options.top_k is not None:

@@ -1,8 +1,11 @@
 """What a run tells a person and a program: metrics.jsonl, TensorBoard, and one progress line."""
 
+import io
 import json
 import logging
 import math
+import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -34,12 +37,9 @@ class RunLog:
         self._task: TaskID | None = None
 
     def __enter__(self) -> Self:
-        from torch.utils.tensorboard import SummaryWriter  # seconds to import: only when a run starts
-
         self.folder.mkdir(parents=True, exist_ok=True)
         _drop_half_line(self.folder / "metrics.jsonl")
-        self._file = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
-        self._board = SummaryWriter(str(self.folder / "tensorboard" / self.stage), purge_step=self.done)
+        self._board = Board(self.folder / "tensorboard" / self.stage, self.done)
         if sys.stderr.isatty() and not self.quiet:
             self._progress = Progress(
                 TextColumn("[bold]{task.fields[stage]}"),
@@ -61,8 +61,6 @@ class RunLog:
     ) -> None:
         if self._progress is not None:
             self._progress.stop()
-        self._file.close()
-        self._board.close()
 
     def step(self, step: int, n_pictures: int, loss: float) -> None:
         """Move the progress line: `step` updates are done, the last one saw `n_pictures`."""
@@ -84,11 +82,13 @@ class RunLog:
             "seconds": round(time.monotonic() - self.began, 1),
             **{name: value if _is_json(value) else None for name, value in values.items()},
         }
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            if isinstance(value, int | float) and _is_json(value):
-                self._board.add_scalar(f"{self.stage}/{name}", value, step)
+        _append(self.folder / "metrics.jsonl", (json.dumps(row, allow_nan=False) + "\n").encode())
+        numbers = {
+            f"{self.stage}/{name}": float(value)
+            for name, value in values.items()
+            if isinstance(value, int | float) and _is_json(value)
+        }
+        self._board.add(step, numbers)
 
     def say(self, message: str) -> None:
         """Show one line now."""
@@ -104,6 +104,48 @@ class RunLog:
     def _eta(self, step: int, now: float) -> str:
         left = (now - self.began) / max(step - self.done, 1) * (self.steps - step)
         return f"{int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}"
+
+
+class Board:
+    """TensorBoard's file of one stage and process, written at once and here.
+
+    TensorBoard's own writer has a thread, which answers a full disk with a traceback.
+    """
+
+    def __init__(self, folder: Path, done: int) -> None:
+        """`done` updates stand; TensorBoard forgets what an earlier process logged for later ones."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        start = SessionLog(status=SessionLog.START)
+        self._add(Event(wall_time=time.time(), step=done + 1, session_log=start))
+
+    def add(self, step: int, numbers: dict[str, float]) -> None:
+        """Write the numbers of one update, by tag."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=tag, simple_value=number) for tag, number in numbers.items()]
+        self._add(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+
+    def _add(self, event: Any) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        _append(self.path, record.getvalue())
+
+
+def _append(path: Path, data: bytes) -> None:
+    try:
+        with open(path, "ab") as file:
+            file.write(data)
+    except OSError as error:
+        again = OSError(f"cannot write {path}: {error.strerror}")
+        again.errno = error.errno  # set by hand, for with it in the constructor the text begins "[Errno 28]"
+        raise again from error
 
 
 def _is_json(value: Any) -> bool:

@@ -124,12 +124,18 @@ def train_stage(stage: Stage, run_folder: Path, dtype: torch.dtype, quiet: bool 
             if progress.step % LOG_EVERY == 0 or progress.step == settings.steps:
                 log.metrics(progress.step, {**metrics, "pictures_per_second": log.pictures_per_second()})
             _look(stage, average, progress.step, run_folder, log)
-            if progress.step % settings.checkpoint_every == 0 or progress.step == settings.steps or signals:
+            is_asked_to_stop = bool(
+                signals
+            )  # looked at once: a signal from here on waits for the next update
+            is_due = progress.step % settings.checkpoint_every == 0 or progress.step == settings.steps
+            if is_due or is_asked_to_stop:
                 state = {"plateau": plateau.state(), "n_non_finite": progress.n_non_finite}
                 state["n_non_finite_in_a_row"] = progress.n_non_finite_in_a_row
                 checkpoint.save(root, progress.step, model, average, optimizer, state)
-            if signals and progress.step < settings.steps:
+            if is_asked_to_stop:
                 raise Stopped(stage.name, progress.step, signals[0])
+    if signals:  # in the last update, or in its checkpoint: the next stage must not begin
+        raise Stopped(stage.name, progress.step, signals[0])
     return average.tensors
 
 

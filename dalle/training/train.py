@@ -3,12 +3,15 @@
 OUT/                 the model folder, complete when the last stage ends
 OUT/run/config.json  the recipe and what it was run on: a resume with anything else is refused
 OUT/run/stages.json  each finished stage: what it was made from, and the hash of what came out
+OUT/run/checkpoints/STAGE/inputs.json  what an unfinished stage is being made from
 """
 
 import logging
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from filelock import FileLock, Timeout
@@ -23,6 +26,7 @@ from dalle.pipeline import check_fit, write_index
 from dalle.tokenizer import Tokenizer
 from dalle.training.card import write_card
 from dalle.training.dvae import DVAEStage
+from dalle.training.log import LINE_SECONDS
 from dalle.training.loop import Stage, train_stage
 from dalle.training.recipe import Recipe, transformer_config
 from dalle.training.transformer import Sequences, TransformerStage
@@ -90,6 +94,8 @@ def train(
             raise ValueError(
                 f"stage transformer needs a dVAE, and {out} has none: add dvae to --stages, or give --init-from"
             )
+        if "transformer" in stages:
+            _refuse_misfit(run, tokenizer)
         dvae = _dvae_stage(run)
         if "transformer" not in stages:
             return out
@@ -129,7 +135,7 @@ def _prepare(
         "recipe": recipe.model_dump(mode="json"),
         "data": pairs.fingerprint,
         "dtype": str(dtype).removeprefix("torch."),
-        "init_from": _init_identity(init_from),
+        "init_from": _init_identity(init_from, out),
     }
     _refuse_other_settings(out / "run" / "config.json", config, out)
     return Run(out, recipe, data, pairs, learned, held_out, bad, device, dtype, init_from, quiet)
@@ -143,16 +149,24 @@ def _refuse_other_settings(path: Path, config: dict[str, Any], out: Path) -> Non
                 f"{out} was begun with other settings or data ({'; '.join(changed)}): give the old ones to go on, or "
                 f"another --out (--init-from {out} reuses its finished stages)"
             )
+    elif (out / "model_index.json").exists():
+        raise ValueError(
+            f"{out} holds a model that was not trained there: choose another --out (--init-from {out} starts from it)"
+        )
     else:
         weights.write_json(path, config)
 
 
-def _init_identity(init_from: Path | None) -> dict[str, str]:
+def _init_identity(init_from: Path | None, out: Path) -> dict[str, str]:
     """The hashes of the components in `init_from`, so that a resume notices another one."""
     if init_from is None:
         return {}
     if not init_from.is_dir():
         raise ValueError(f"--init-from {init_from}: no such folder")
+    if init_from.resolve() == out.resolve():
+        raise ValueError(
+            f"--init-from {init_from} is --out as well, and would be overwritten: choose another --out"
+        )
     files = {"tokenizer": "tokenizer.json", "dvae": "model.safetensors", "transformer": "model.safetensors"}
     found = {
         name: weights.file_sha256(init_from / name / file)
@@ -183,15 +197,31 @@ def _finished(run: Run, stage: str, inputs: dict[str, Any], result: str | None) 
     """Whether `stage` is done, from these very inputs, and its result untouched; a stale one is an error."""
     record = _records(run).get(stage)
     if record is None:
+        # The folder is no finished model from now on; its new parts would not be those of the old manifest.
+        for name in (weights.MANIFEST, "model_index.json"):
+            (run.out / name).unlink(missing_ok=True)
         return False
     changed = differences(record["inputs"], inputs)
     if changed or record["result"] != result:
-        what = "; ".join(changed) or f"the files in {run.out / stage} are not what the stage wrote"
-        raise ValueError(
-            f"stage {stage} in {run.out} is stale ({what}): delete {run.out / stage} and "
-            f"{run.folder / 'checkpoints' / stage}, and its entry in {run.folder / 'stages.json'}, to run it again"
-        )
+        _refuse_stale(run, stage, changed or [f"the files in {run.out / stage} are not what the stage wrote"])
     return True
+
+
+def _begin(run: Run, stage: str, inputs: dict[str, Any]) -> None:
+    """Note beside its checkpoints what `stage` is made from; those that were made from other things are an error."""
+    begun = run.folder / "checkpoints" / stage / "inputs.json"
+    if not begun.exists():
+        weights.write_json(begun, inputs)
+    changed = differences(weights.read_json(begun), inputs)
+    if changed:
+        _refuse_stale(run, stage, changed)
+
+
+def _refuse_stale(run: Run, stage: str, changed: list[str]) -> NoReturn:
+    raise ValueError(
+        f"stage {stage} in {run.out} is stale ({'; '.join(changed)}): delete {run.out / stage} and "
+        f"{run.folder / 'checkpoints' / stage}, and its entry in {run.folder / 'stages.json'}, to run it again"
+    )
 
 
 def _record(run: Run, stage: str, inputs: dict[str, Any], result: str) -> None:
@@ -221,6 +251,18 @@ def _tokenizer_stage(run: Run) -> Tokenizer:
     return Tokenizer.from_pretrained(folder)
 
 
+def _refuse_misfit(run: Run, tokenizer: Tokenizer) -> None:
+    """A given transformer must fit its tokenizer and dVAE: said before hours are spent on a dVAE."""
+    given, dvae = _given(run, "transformer"), _given(run, "dvae")
+    if given is None:
+        return
+    with torch.device("meta"):  # only its sizes count
+        unborn = DiscreteVAE(run.recipe.dvae)
+    check_fit(
+        tokenizer, DiscreteVAE.from_pretrained(dvae) if dvae else unborn, Transformer.from_pretrained(given)
+    )
+
+
 def _dvae_stage(run: Run) -> DiscreteVAE:
     recipe, folder = run.recipe, run.out / "dvae"
     given = _given(run, "dvae")
@@ -248,7 +290,7 @@ def _dvae_stage(run: Run) -> DiscreteVAE:
                 seed=recipe.seed,
                 balance=recipe.balance,
             )
-            _save(run, "dvae", model, _run_stage(run, stage), inputs)
+            _save(run, "dvae", model, _run_stage(run, stage, inputs), inputs)
     return DiscreteVAE.from_pretrained(folder).to(run.device).eval()
 
 
@@ -258,7 +300,8 @@ def _copy(given: Path, folder: Path, file: str) -> None:
         weights.write_bytes(folder / name, (given / name).read_bytes())
 
 
-def _run_stage(run: Run, stage: Stage) -> dict[str, Tensor]:
+def _run_stage(run: Run, stage: Stage, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    _begin(run, stage.name, inputs)
     return train_stage(stage, run.folder, run.dtype, run.quiet)
 
 
@@ -276,7 +319,14 @@ def _save(run: Run, stage: str, model: nn.Module, state: dict[str, Tensor], inpu
 
 def _transformer_stage(run: Run, tokenizer: Tokenizer, dvae: DiscreteVAE) -> None:
     recipe, folder = run.recipe, run.out / "transformer"
-    store = encode_pairs(run.pairs, dvae, run.folder, crop=recipe.transformer_training.crop, seed=recipe.seed)
+    store = encode_pairs(
+        run.pairs,
+        dvae,
+        run.folder,
+        crop=recipe.transformer_training.crop,
+        seed=recipe.seed,
+        progress=None if run.quiet else _encoding_lines(),
+    )
     given = _given(run, "transformer")
     inputs: dict[str, Any] = {
         "model": recipe.transformer.model_dump(mode="json"),
@@ -312,12 +362,28 @@ def _transformer_stage(run: Run, tokenizer: Tokenizer, dvae: DiscreteVAE) -> Non
         logger.warning(
             "%d pictures have no caption that fits %d tokens: cut", stage.n_truncated, tokenizer.max_tokens
         )
-    _save(run, "transformer", model, _run_stage(run, stage), inputs)
+    _save(run, "transformer", model, _run_stage(run, stage, inputs), inputs)
+
+
+def _encoding_lines() -> Callable[[int, int], None]:
+    """Says now and then how many pictures are encoded."""
+    last = time.monotonic()
+
+    def say(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= LINE_SECONDS:
+            last = now
+            logger.info("encoding %d/%d pictures", done, total)
+
+    return say
 
 
 def _sequences(store: TokenStore, pairs: list[Any]) -> Sequences:
     index = {store.keys[row]: row for row in store.valid.tolist()}
     kept = [pair for pair in pairs if pair.key in index]
+    if not kept:
+        raise ValueError(f"no picture of split {pairs[0].split} can be read; see run/bad_samples.jsonl")
     return Sequences(kept, store.tokens[[index[pair.key] for pair in kept]])
 
 

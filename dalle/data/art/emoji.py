@@ -15,7 +15,7 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,9 +55,10 @@ class _Drawn:
 class BuildReport:
     """What a build kept and dropped."""
 
-    splits: Counter[str] = field(default_factory=Counter)
-    styles: Counter[str] = field(default_factory=Counter)
-    dropped: Counter[str] = field(default_factory=Counter)  # reason -> pictures
+    # Plain dictionaries: `dataclasses.asdict` would count the items of a Counter.
+    splits: dict[str, int] = field(default_factory=dict)
+    styles: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)  # reason -> pictures
     n_hard_combos: int = 0
     train_sha256: str = ""  # of the sorted file names of split train, one a line
 
@@ -81,7 +82,7 @@ def build_emoji_set(
     Raises ValueError when the folder is taken, a size or set is not known, or a program is missing.
     """
     say = progress or (lambda message: None)
-    out = Path(out)
+    out = Path(os.path.abspath(out))  # `.` has no name to put a sibling beside
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there already: give a new folder for the emoji set, or remove it")
     if size < 2 * _THUMBNAIL or size % _THUMBNAIL:
@@ -100,14 +101,15 @@ def build_emoji_set(
     shutil.rmtree(partial, ignore_errors=True)
     for style in styles:
         (partial / "images" / style.name).mkdir(parents=True)
-    report = BuildReport()
-    drawn = _draw_all(styles, drawings, partial, size, n_workers or min(2, os.cpu_count() or 1), report, say)
+    dropped: Counter[str] = Counter()
+    drawn = _draw_all(styles, drawings, partial, size, n_workers or min(2, os.cpu_count() or 1), dropped, say)
     started, by_name = time.perf_counter(), {style.name: style for style in styles}
     rows = [_make_row(picture, by_name[picture.drawing.style], names) for picture in drawn]
-    metadata, refused = _split_rows(rows, report)
+    metadata, refused = _split_rows(rows)
     for name in refused:
         (partial / name).unlink()
-    _count(metadata, report)
+    dropped["added, too near a held-out picture"] = len(refused)
+    report = _report(metadata, dropped)
     say(f"captions, splits and neighbours in {_since(started)}")
     with open(partial / "metadata.jsonl", "w", encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in metadata)
@@ -129,10 +131,10 @@ def _draw_all(
     folder: Path,
     size: int,
     n_workers: int,
-    report: BuildReport,
+    dropped: Counter[str],
     say: Callable[[str], None],
 ) -> list[_Drawn]:
-    """Draw and save every picture; drop blanks, broken ones and all but the first of equal ones."""
+    """Draw and save every picture; drop and count blanks, broken ones and all but the first of equal ones."""
     pool = start_pool(n_workers) if n_workers > 1 else None
     run = map if pool is None else pool.map
     try:
@@ -141,16 +143,16 @@ def _draw_all(
         for style in styles:
             started = time.perf_counter()
             named = [d for d in drawings[style.name] if d.emoji is not None]
-            report.dropped["without a name"] += len(drawings[style.name]) - len(named)
+            dropped["without a name"] += len(drawings[style.name]) - len(named)
             extents = [e for part in run(_measure_chunk, _chunks(choose_measured(named))) for e in part]
             scale = scale_of(extents)
             tasks = [(part, scale, size, folder) for part in _chunks(named)]
             for part in run(_draw_chunk, tasks):
                 for result in part:
                     if isinstance(result, str):
-                        report.dropped[result] += 1
+                        dropped[result] += 1
                     elif result.sha256 in seen:
-                        report.dropped["same bytes as another"] += 1
+                        dropped["same bytes as another"] += 1
                         (folder / _file_name(result.drawing)).unlink()
                     else:
                         seen.add(result.sha256)
@@ -263,7 +265,7 @@ def _make_row(picture: _Drawn, style: Style, names: EmojiNames) -> _Row:
     return _Row(item, style.flag is None, picture.thumbnail, fields)
 
 
-def _split_rows(rows: Sequence[_Row], report: BuildReport) -> tuple[list[dict[str, object]], list[str]]:
+def _split_rows(rows: Sequence[_Row]) -> tuple[list[dict[str, object]], list[str]]:
     """Return the metadata with splits, and the files of added pictures too near a held-out one."""
     default = [row for row in rows if row.is_default]
     added = [row for row in rows if not row.is_default]
@@ -284,7 +286,6 @@ def _split_rows(rows: Sequence[_Row], report: BuildReport) -> tuple[list[dict[st
     admitted = admit_extra(keys, _stack(added), objects, thumbnails[held_out])
     metadata += [row.fields for row, good in zip(added, admitted, strict=True) if good]
     refused = [str(row.fields["file_name"]) for row, good in zip(added, admitted, strict=True) if not good]
-    report.dropped["added, too near a held-out picture"] = len(refused)
     return metadata, refused
 
 
@@ -292,21 +293,20 @@ def _stack(rows: Sequence[_Row]) -> npt.NDArray[np.float32]:
     return np.array([row.thumbnail for row in rows], dtype=np.float32).reshape(len(rows), 3 * _THUMBNAIL**2)
 
 
-def _count(metadata: Iterable[Mapping[str, object]], report: BuildReport) -> None:
-    train = []
-    for row in metadata:
-        report.splits[str(row["split"])] += 1
-        report.styles[str(row["style"])] += 1
-        report.n_hard_combos += bool(row["combo_hard"])
-        if row["split"] == "train":
-            train.append(str(row["file_name"]))
-    report.train_sha256 = hashlib.sha256("".join(f"{name}\n" for name in sorted(train)).encode()).hexdigest()
-    report.dropped = +report.dropped  # without the zeros
+def _report(metadata: Sequence[Mapping[str, object]], dropped: Counter[str]) -> BuildReport:
+    train = sorted(str(row["file_name"]) for row in metadata if row["split"] == "train")
+    return BuildReport(
+        splits=dict(Counter(str(row["split"]) for row in metadata)),
+        styles=dict(Counter(str(row["style"]) for row in metadata)),
+        dropped=dict(+dropped),  # without the zeros
+        n_hard_combos=sum(bool(row["combo_hard"]) for row in metadata),
+        train_sha256=hashlib.sha256("".join(f"{name}\n" for name in train).encode()).hexdigest(),
+    )
 
 
 def _write_card(folder: Path, styles: Sequence[Style], size: int, report: BuildReport) -> None:
     table = [
-        f"| {style.name} | {style.words[0]} style | {report.styles[style.name]} | {style.licence} | "
+        f"| {style.name} | {style.words[0]} style | {report.styles.get(style.name, 0)} | {style.licence} | "
         f"{f'{style.package} {style.version}'.strip() or 'font of the system'} |"
         for style in styles
     ]
@@ -314,7 +314,7 @@ def _write_card(folder: Path, styles: Sequence[Style], size: int, report: BuildR
     lines = [
         "# Open emoji art set",
         "",
-        f"{report.splits.total()} pictures of {size} x {size} pixels, RGB on white, with three to six "
+        f"{sum(report.splits.values())} pictures of {size} x {size} pixels, RGB on white, with three to six "
         f"captions each, in {len(styles)} styles. Drawn by `dalle data emoji`; `metadata.jsonl` holds one "
         "row a picture.",
         "",

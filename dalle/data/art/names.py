@@ -117,7 +117,8 @@ class EmojiNames:
             return f"3{_DIGITS.index(digit[1])}-20E3"
         if re.fullmatch("[0-9]", name):
             return f"3{name}-20E3"
-        toned = re.fullmatch(r"(.*)-(medium-light|medium-dark|light|medium|dark)(?:-skin-tone)?", name)
+        # The first group gives way, so that the tone of `hand-medium-dark` is not `dark`.
+        toned = re.fullmatch(r"(.*?)-(medium-light|medium-dark|light|medium|dark)(?:-skin-tone)?", name)
         if toned and (base := self._find_key(toned[1], style)) in self.emoji:
             assert base is not None
             key = self._by_tone.get((self.emoji[base].base_label, (TONES.index(toned[2]) + 1,)), "")

@@ -291,6 +291,13 @@ def fetch_packages(styles: Iterable[Style], progress: Callable[[str], None] | No
     command += [f"{name}@{version}" for name, version in packages.items()]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        raise ValueError(f"npm install failed in {folder}: {lines[-1].strip() if lines else 'no message'}")
+        raise ValueError(f"npm install failed in {folder}: {_npm_reason(done.stderr or done.stdout)}")
     return check_packages(modules, styles)
+
+
+def _npm_reason(output: str) -> str:
+    """Return the first line of npm's message that says what went wrong; codes precede it, a trace follows."""
+    said = [line.strip() for line in output.splitlines() if not line.startswith(("npm warn", "npm notice"))]
+    lines = [line.removeprefix("npm error").strip() for line in said]
+    codes = ("code ", "syscall ", "path ", "errno ")
+    return next((line for line in lines if line and not line.startswith(codes)), "no message")
