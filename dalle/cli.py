@@ -25,6 +25,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 Model = Annotated[
     str | None, typer.Option("--model", help="Model folder or Hub id; the bundled model if left out.")
 ]
+RankerFolder = Annotated[
+    str | None,
+    typer.Option("--ranker", help="Model folder or Hub id with a CLIP; the model's own if left out."),
+]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16.")]
 Device = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda or cuda:N; the first GPU if there is one.")
@@ -115,8 +119,9 @@ def generate(
     model: Model = None,
     n: Annotated[int, typer.Option("-n", help="Pictures a caption.")] = 4,
     candidates: Annotated[
-        int | None, typer.Option(help="Drawn a caption before ranking; needs a CLIP.")
+        int | None, typer.Option(help="Drawn a caption, of which a CLIP keeps the best.")
     ] = None,
+    ranker: RankerFolder = None,
     seed: Annotated[int, typer.Option(help="Picture i uses seed + i; -1 takes a random one.")] = 0,
     temperature: Annotated[float | None, typer.Option(help="0 draws the likeliest token.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Draw among the k likeliest tokens; 0: all.")] = None,
@@ -138,10 +143,14 @@ def generate(
     """Draw pictures from captions: 000_SEED.png ... (best first where they were ranked) and grid.png."""
     _log_to_stderr(quiet=True)
     from dalle import images
-    from dalle.pipeline import DallePipeline
+    from dalle.generation.rerank import Ranker
+    from dalle.pipeline import DallePipeline, model_folder
 
     place = _device(device)
     pipe = DallePipeline.from_pretrained(model, dtype=dtype, device=place)
+    chosen = None if ranker is None else Ranker.from_pretrained(model_folder(ranker))
+    if chosen is not None:
+        chosen.clip.to(place)
     picture = images.open_image(image) if image is not None else None
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file; give a folder")
@@ -158,6 +167,7 @@ def generate(
             image=picture,
             keep_rows=keep_rows,
             truncate=truncate,
+            ranker=chosen,
             progress=progress,
         )
     out.mkdir(parents=True, exist_ok=True)
@@ -358,10 +368,74 @@ def rerun(
         raise typer.Exit(3)
 
 
+DEFAULT_TEMPLATES = ("a {}", "a picture of a {}", "a drawing of a {}")  # of `classify`
+
+
+@app.command()
+def rerank(
+    caption: Annotated[str, typer.Argument(help="What the pictures should show.")],
+    pictures: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures of any size.")],
+    ranker: RankerFolder = None,
+    truncate: Annotated[bool, typer.Option(help="Cut a caption that is too long.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Order pictures by how well they fit a caption, best first, by a CLIP's cosine."""
+    _log_to_stderr(quiet=True)
+    from dalle import images
+    from dalle.generation.rerank import Ranker, best_first
+    from dalle.pipeline import model_folder
+
+    judge = Ranker.from_pretrained(model_folder(ranker))
+    opened = [images.open_image(path) for path in pictures]
+    scores = judge.score_images(caption, opened, truncate)
+    order = best_first(scores)
+    if as_json:
+        rows = [{"path": str(pictures[i]), "score": scores[i], "rank": n} for n, i in enumerate(order)]
+        _print_json({"caption": caption, "images": rows})
+        return
+    for index in order:
+        print(f"{scores[index]:.4f}  {pictures[index]}")
+
+
+@app.command()
+def classify(
+    pictures: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures of any size.")],
+    labels: Annotated[Path, typer.Option(help="A text file with one label a line.")],
+    template: Annotated[
+        list[str] | None, typer.Option(help="A caption with {} for the label; several make an ensemble.")
+    ] = None,
+    ranker: RankerFolder = None,
+    as_json: Json = False,
+) -> None:
+    """Say which label fits each picture best, by a CLIP that was never trained on these labels."""
+    _log_to_stderr(quiet=True)
+    from dalle.evaluation.zero_shot import class_vectors, read_labels
+    from dalle.evaluation.zero_shot import classify as probabilities_of
+    from dalle.generation.rerank import Ranker
+    from dalle.pipeline import model_folder
+
+    names = read_labels(labels)
+    judge = Ranker.from_pretrained(model_folder(ranker))
+    classes = class_vectors(names, template or DEFAULT_TEMPLATES, judge.encode_captions)
+    vectors = judge.encode_files(pictures)
+    rows = []
+    for path, chances in zip(pictures, probabilities_of(vectors, classes), strict=True):
+        best = int(chances.argmax())
+        rows.append({"path": str(path), "label": names[best], "probability": float(chances[best])})
+    if as_json:
+        _print_json({"images": rows})
+        return
+    for row in rows:
+        print(f"{row['path']}  {row['label']}  {row['probability']:.3f}")
+
+
 @app.command(name="import")
 def import_checkpoint(
-    kind: Annotated[str, typer.Argument(help="openai-dvae")],
-    files: Annotated[list[Path], typer.Argument(help="For openai-dvae: encoder.pkl decoder.pkl")],
+    kind: Annotated[str, typer.Argument(help="openai-dvae, hf-clip or open-clip.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(help="encoder.pkl decoder.pkl; FOLDER; or FOLDER bpe_simple_vocab_16e6.txt.gz."),
+    ],
     out: Annotated[Path, typer.Option(help="Model folder to write.")],
     allow_pickle: Annotated[
         bool, typer.Option(help="Read a pickle, through a restricted class list.")
@@ -369,19 +443,30 @@ def import_checkpoint(
     as_json: Json = False,
 ) -> None:
     """Turn other people's checkpoints into a model folder."""
-    _log_to_stderr()
+    _log_to_stderr(as_json)
     from dalle.importers.openai_dvae import import_openai_dvae
+    from dalle.importers.published_clip import import_huggingface_clip, import_open_clip
 
-    if kind != "openai-dvae":
-        raise ValueError(f"import kind {kind!r} is unknown: use openai-dvae")
-    if len(files) != 2:
-        raise ValueError(f"openai-dvae takes two files, encoder.pkl and decoder.pkl; got {len(files)}")
-    if not allow_pickle:
+    wanted = {
+        "openai-dvae": "two files, encoder.pkl and decoder.pkl",
+        "hf-clip": "one folder of a transformers CLIPModel",
+        "open-clip": "a folder of open_clip and OpenAI's bpe_simple_vocab_16e6.txt.gz",
+    }
+    if kind not in wanted:
+        raise ValueError(f"import kind {kind!r} is unknown: use {', '.join(wanted)}")
+    if len(files) != (1 if kind == "hf-clip" else 2):
+        raise ValueError(f"{kind} takes {wanted[kind]}; got {len(files)}")
+    if kind == "hf-clip":
+        import_huggingface_clip(files[0], out)
+    elif kind == "open-clip":
+        import_open_clip(files[0], files[1], out)
+    elif not allow_pickle:
         raise ValueError(
             "these files are pickles: pass --allow-pickle to read their tensors through a restricted class list "
             "(no code in them is run)"
         )
-    import_openai_dvae(files[0], files[1], out)
+    else:
+        import_openai_dvae(files[0], files[1], out)
     _print_folder(out, as_json)
 
 

@@ -321,15 +321,20 @@ class CLIP(nn.Module):
             nn.init.normal_(block.get_parameter("mlp.c_fc.weight"), std=(2 * width) ** -0.5)
             nn.init.normal_(block.get_parameter("mlp.c_proj.weight"), std=residual_std)
 
-    def normalize_images(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, H) in [0, 1] as the image tower reads them; antialiased bicubic where the size differs."""
+    def fit(self, images: Tensor) -> Tensor:
+        """Square images (B, 3, side, side) in [0, 1] at the model's size: bicubic, antialiased, as OpenAI's are."""
         side = self.config.image_size
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
             raise ValueError(
                 f"images have shape {tuple(images.shape)}; CLIP reads squares (batch, 3, side, side)"
             )
-        if images.shape[-1] != side:
-            images = F.interpolate(images, size=(side, side), mode="bicubic", antialias=True).clamp(0, 1)
+        if images.shape[-1] == side:
+            return images
+        return F.interpolate(images, size=(side, side), mode="bicubic", antialias=True).clamp(0, 1)
+
+    def normalize_images(self, images: Tensor) -> Tensor:
+        """Square images (B, 3, side, side) in [0, 1] as the image tower reads them."""
+        images = self.fit(images)
         mean, std = (
             images.new_tensor(x).view(1, 3, 1, 1) for x in (self.config.image_mean, self.config.image_std)
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.resources
 import logging
+import math
 import platform
 import re
 import tempfile
@@ -36,6 +37,7 @@ from dalle.generation.recipe import (
     tokens_sha256,
 )
 from dalle.generation.request import count_images, count_seeds, is_count, read_captions, read_options
+from dalle.generation.rerank import CHUNK, Ranker, best_first
 from dalle.images import center_crop, to_images, to_tensor
 from dalle.tokenizer import Tokenizer
 from dalle.transformer import Transformer
@@ -54,6 +56,7 @@ __all__ = ["DallePipeline", "PipelineOutput", "bundled_folder", "check_fit", "de
 logger = logging.getLogger(__name__)
 
 COMPONENTS = {"tokenizer": "Tokenizer", "dvae": "DiscreteVAE", "transformer": "Transformer"}
+OPTIONAL = {"clip": "CLIP", "judge": "CLIP"}  # ranks what is drawn; scores it in evaluations only
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 HUB_FILES = ["*.json", "README.md", "tokenizer/*", "dvae/*", "transformer/*", "clip/*", "judge/*"]
 
@@ -87,11 +90,13 @@ class DallePipeline:
         dvae: DiscreteVAE,
         transformer: Transformer,
         defaults: GenerationOptions | None = None,
+        ranker: Ranker | None = None,
     ) -> None:
         check_fit(tokenizer, dvae, transformer)
         self.tokenizer = tokenizer
         self.dvae = dvae
         self.transformer = transformer
+        self.ranker = ranker  # orders what is drawn; a model folder with a clip/ has one of its own
         self.defaults = GenerationOptions() if defaults is None else defaults
         self.name = "unsaved"  # folder or Hub id, for people
         self._folder: Path | None = None  # where it was loaded from
@@ -122,7 +127,7 @@ class DallePipeline:
         Raises:
             ValueError: nothing there, a file missing or changed, or components that do not fit together.
         """
-        folder = _resolve(source, revision, cache_dir)
+        folder = model_folder(source, revision, cache_dir)
         if not (folder / "model_index.json").is_file():
             raise ValueError(
                 f"{folder} has no model_index.json: it is no model folder, or its training has not finished"
@@ -134,6 +139,7 @@ class DallePipeline:
             DiscreteVAE.from_pretrained(folder / "dvae").eval(),
             Transformer.from_pretrained(folder / "transformer").eval(),
             defaults,
+            Ranker.from_pretrained(folder) if (folder / "clip").is_dir() else None,
         )
         pipe.name = "bundled" if source is None else str(source)
         pipe._folder, pipe._model_sha256 = folder, file_sha256(folder / "manifest.json")
@@ -152,6 +158,8 @@ class DallePipeline:
         self.transformer.to(device, target)
         # The dVAE stays in float32: it costs little, and a kept picture's tokens must not depend on dtype.
         self.dvae.to(device)
+        if self.ranker is not None:
+            self.ranker.clip.to(device)
         return self
 
     @property
@@ -219,6 +227,8 @@ class DallePipeline:
         self.tokenizer.save_pretrained(folder / "tokenizer")
         self.dvae.save_pretrained(folder / "dvae")
         self.transformer.save_pretrained(folder / "transformer")
+        if self.ranker is not None:
+            self.ranker.save_pretrained(folder)
         card = None if self._folder is None else self._folder / "README.md"
         if card is not None and card.is_file() and card.resolve() != (folder / "README.md").resolve():
             write_bytes(folder / "README.md", card.read_bytes())
@@ -241,11 +251,12 @@ class DallePipeline:
         keep_rows: int | None = None,
         truncate: bool = False,
         output_type: Literal["pil", "tokens"] = "pil",
+        ranker: Ranker | None = None,
         progress: Progress | None = None,
         callback_on_row_end: RowCallback | None = None,
         rows_per_batch: int = ROWS_PER_BATCH,
     ) -> PipelineOutput:
-        """Draws `num_images_per_prompt` pictures for each caption; picture i of the call uses seed + i.
+        """Draws `num_images_per_prompt` pictures for each caption; candidate i of the call uses seed + i.
 
         Args:
             prompt: one caption or several.
@@ -257,7 +268,8 @@ class DallePipeline:
             keep_rows: 1..G grid rows (each 8 pixels of the model's picture size).
             truncate: cut captions longer than the model reads, and say so in log and recipe.
             output_type: "tokens" leaves out the pictures.
-            progress: called with (grid rows done, of how many) over all batches.
+            ranker: a CLIP to order the candidates by, in place of the model's own.
+            progress: called with (grid rows done, of how many) over all batches; ranking counts as one row a chunk.
             callback_on_row_end: called with (pipe, grid row, tokens (R, G, G) with -1 where not drawn yet);
                 returning True stops the run, and finished pictures are returned.
             rows_per_batch: the most pictures drawn side by side; part of the recipe.
@@ -266,22 +278,32 @@ class DallePipeline:
             ValueError: an argument outside what is allowed, or a caption too long.
         """
         captions = read_captions(prompt)
-        n_rows = len(captions) * count_images(num_images_per_prompt, num_candidates)
+        ranker = self.ranker if ranker is None else ranker
+        n_candidates = count_images(num_images_per_prompt, num_candidates, ranker is not None)
+        n_rows = len(captions) * n_candidates
         if output_type not in ("pil", "tokens"):
             raise ValueError(f'output_type is {output_type!r}; allowed are "pil" and "tokens"')
         seeds = count_seeds(seed, n_rows)
         options = read_options(self.defaults, temperature, top_k, top_p, guidance)
         completion = self._completion(image, keep_rows)
         text, truncations = self._read(captions, truncate)
-        plan = plan_batches(len(captions), n_rows // len(captions), rows_per_batch)
+        vectors = (
+            None if ranker is None else ranker.encode_captions(captions, truncate)
+        )  # refuses before drawing
+        plan = plan_batches(len(captions), n_candidates, rows_per_batch)
         n_done, n_total = 0, len(plan) * self.transformer.config.grid_size
+        n_total += 0 if ranker is None else len(captions) * math.ceil(n_candidates / CHUNK)
         is_stopped = False
 
-        def on_row_end(row: int, tokens: Tensor) -> bool:
-            nonlocal n_done, is_stopped
+        def advance(_: int = 1) -> None:
+            nonlocal n_done
             n_done += 1
             if progress is not None:
                 progress(n_done, n_total)
+
+        def on_row_end(row: int, tokens: Tensor) -> bool:
+            nonlocal is_stopped
+            advance()
             is_stopped = callback_on_row_end is not None and bool(callback_on_row_end(self, row, tokens))
             return is_stopped
 
@@ -290,8 +312,12 @@ class DallePipeline:
             tokens = self._draw(
                 self.transformer, text, seeds, options, completion, on_row_end, rows_per_batch
             )
-            finished = [row for row in range(n_rows) if int(tokens[row].min()) >= 0]
-            pictures = tuple(self._decode(tokens[finished])) if output_type == "pil" else ()
+        finished = [row for row in range(n_rows) if int(tokens[row].min()) >= 0]
+        kept: dict[int, tuple[float | None, int | None]] = dict.fromkeys(finished, (None, None))
+        if ranker is not None and vectors is not None:
+            kept = self._rank(ranker, vectors, tokens, finished, num_images_per_prompt, advance)
+        with threads(n_threads):
+            pictures = tuple(self._decode(tokens[[*kept]])) if output_type == "pil" else ()
         versions = Versions(dalle=__version__, torch=str(torch.__version__), python=platform.python_version())
         plans = batch_plans(plan, captions, seeds, rows_per_batch)
         caption_of = [row * len(captions) // n_rows for row in range(n_rows)]
@@ -312,18 +338,40 @@ class DallePipeline:
                 versions=versions,
                 model=self.name,
                 model_sha256=self.model_sha256,
+                score=score,
+                rank=rank,
             ).model_dump(mode="json")
-            for row in finished
+            for row, (score, rank) in kept.items()
         ]
+        scores = tuple(score for score, _ in kept.values() if score is not None)
         return PipelineOutput(
             images=pictures,
-            scores=None,
-            seeds=tuple(seeds[row] for row in finished),
-            tokens=tokens[finished],
-            captions=tuple(captions[caption_of[row]] for row in finished),
+            scores=None if ranker is None else scores,
+            seeds=tuple(seeds[row] for row in kept),
+            tokens=tokens[[*kept]],
+            captions=tuple(captions[caption_of[row]] for row in kept),
             recipes=tuple(recipes),
             is_stopped=is_stopped,
         )
+
+    def _rank(
+        self,
+        ranker: Ranker,
+        vectors: Tensor,
+        tokens: Tensor,
+        finished: Sequence[int],
+        n_kept: int,
+        advance: Callable[[int], None],
+    ) -> dict[int, tuple[float | None, int | None]]:
+        """Score and rank of the `n_kept` best of the `finished` rows of each caption, best first."""
+        n_per_caption, kept = len(tokens) // len(vectors), dict[int, tuple[float | None, int | None]]()
+        for caption, vector in enumerate(vectors):
+            rows = [row for row in finished if row // n_per_caption == caption]
+            parts = [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
+            scores = ranker.score(vector, (self._pixels(tokens[part]) for part in parts), advance)
+            for rank, place in enumerate(best_first(scores, n_kept)):
+                kept[rows[place]] = (float(scores[place]), rank)
+        return kept
 
     def rerun(
         self, recipe: Mapping[str, object], *, progress: Progress | None = None
@@ -433,10 +481,12 @@ class DallePipeline:
         return torch.stack(rows), truncations
 
     def _decode(self, tokens: Tensor) -> list[Image.Image]:
-        device = next(self.dvae.parameters()).device
+        # One by one: the pixels, too, of a picture do not depend on its neighbours.
+        return [to_images(self._pixels(one[None]))[0] for one in tokens]
+
+    def _pixels(self, tokens: Tensor) -> Tensor:
         with torch.no_grad():
-            # One by one: the pixels, too, of a picture do not depend on its neighbours.
-            return [to_images(self.dvae.decode(one[None].to(device)))[0] for one in tokens]
+            return self.dvae.decode(tokens.to(next(self.dvae.parameters()).device))  # (R, 3, H, W) in [0, 1]
 
 
 # The model folder
@@ -463,7 +513,8 @@ def write_index(folder: Path, defaults: GenerationOptions) -> None:
     index = {
         "_class_name": "DallePipeline",
         "_dalle_version": __version__,
-        "components": COMPONENTS,
+        "components": COMPONENTS
+        | {name: kind for name, kind in OPTIONAL.items() if (folder / name).is_dir()},
         "defaults": defaults.model_dump(),
     }
     write_json(folder / "model_index.json", index)
@@ -475,8 +526,14 @@ def bundled_folder() -> Path:
     return Path(str(importlib.resources.files("dalle") / "bundled"))
 
 
-def _resolve(source: str | Path | None, revision: str | None, cache_dir: str | Path | None) -> Path:
-    """The local folder of a source, fetched from the Hub where it is not local."""
+def model_folder(
+    source: str | Path | None, revision: str | None = None, cache_dir: str | Path | None = None
+) -> Path:
+    """The local folder of a source (None: the bundled model), fetched from the Hub where it is not local.
+
+    Raises:
+        ValueError: neither a folder nor to be had from the Hub.
+    """
     if source is None:
         folder = bundled_folder()
         if not (folder / "model_index.json").is_file():
@@ -509,9 +566,10 @@ def _read_index(path: Path) -> GenerationOptions:
     if name != "DallePipeline":
         raise ValueError(f"{path} describes {name!r}; dalle reads models of class 'DallePipeline'")
     components = index.get("components")
-    if components != COMPONENTS:
+    there = {name: kind for name, kind in OPTIONAL.items() if (path.parent / name).is_dir()}
+    if components != COMPONENTS | there:
         raise ValueError(
-            f"{path} lists components {components}; dalle {__version__} reads {COMPONENTS}:"
+            f"{path} lists components {components}; dalle {__version__} reads {COMPONENTS | there} here:"
             f" install the dalle that wrote it ({index.get('_dalle_version')})"
         )
     return validate(GenerationOptions, index.get("defaults", {}), f"{path}: defaults")
@@ -522,7 +580,7 @@ def _files_to_verify(folder: Path) -> list[str]:
     found = [folder / "model_index.json"]
     for component in folder.iterdir():
         if component.is_dir() and component.name != "run" and not component.name.startswith("."):
-            names = ("*.safetensors", "config.json", "tokenizer.json")
+            names = ("*.safetensors", "config.json", "tokenizer.json", "merges.txt")
             found += [path for name in names for path in component.rglob(name)]
     return [path.relative_to(folder).as_posix() for path in found]
 

@@ -672,6 +672,12 @@ def test_rerun_of_a_picture_without_a_recipe_is_one_line(
     [
         (["vqgan", "a.pkl", "b.pkl"], "import kind 'vqgan' is unknown: use openai-dvae"),
         (["openai-dvae", "a.pkl"], "takes two files, encoder.pkl and decoder.pkl; got 1"),
+        (["hf-clip", "a", "b"], "hf-clip takes one folder of a transformers CLIPModel; got 2"),
+        (["hf-clip", "a"], "a/config.json"),
+        (
+            ["open-clip", "a"],
+            "open-clip takes a folder of open_clip and OpenAI's bpe_simple_vocab_16e6.txt.gz; got 1",
+        ),
         (["openai-dvae", "a.pkl", "b.pkl"], "these files are pickles: pass --allow-pickle"),
         (["openai-dvae", "a.pkl", "b.pkl", "--allow-pickle"], "cannot read a.pkl: No such file or directory"),
         (["openai-dvae", "JUNK", "b.pkl", "--allow-pickle"], "is not a file of torch.save, or is damaged"),
@@ -688,7 +694,18 @@ def test_a_wrong_import_is_one_line(arguments: list[str], expected: str, run: Ru
 
 
 def test_every_command_has_help(run: Run) -> None:
-    for command in ([], ["generate"], ["train"], ["encode"], ["evaluate"], ["rerun"], ["import"], ["data"]):
+    for command in (
+        [],
+        ["generate"],
+        ["train"],
+        ["encode"],
+        ["evaluate"],
+        ["rerun"],
+        ["rerank"],
+        ["classify"],
+        ["import"],
+        ["data"],
+    ):
         ended = run(*command, "--help")
         assert ended.code == 0 and "Usage: " in ended.out, command
 

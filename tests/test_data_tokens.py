@@ -112,9 +112,10 @@ def test_another_dvae_data_set_crop_or_seed_makes_another_store(tmp_path: Path, 
         encode_pairs(pairs[:3], make_dvae(1), tmp_path, crop="center", seed=0),
         encode_pairs(pairs[:4], make_dvae(), tmp_path, crop="center", seed=0),
         encode_pairs(pairs[:3], make_dvae(), tmp_path, crop="paper", seed=0),
+        encode_pairs(pairs[:3], make_dvae(), tmp_path, crop="near", seed=0),
         encode_pairs(pairs[:3], make_dvae(), tmp_path, crop="center", seed=1),
     ]
-    assert len({store.folder for store in stores}) == 5
+    assert len({store.folder for store in stores}) == 6
     assert TokenStore(stores[3].folder).settings["crop"] == "paper"
 
 

@@ -41,6 +41,7 @@ def test_more_candidates_than_pictures_need_a_clip() -> None:
     assert count_images(3, None) == count_images(3, 3) == 3
     with pytest.raises(ValueError, match=r"num_candidates is 8 for 3 pictures; .* needs a CLIP"):
         count_images(3, 8)
+    assert count_images(3, 8, has_ranker=True) == 8
     with pytest.raises(ValueError, match="num_candidates is 2; it must be at least the 3 pictures"):
         count_images(3, 2)
 

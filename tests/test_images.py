@@ -255,7 +255,7 @@ def test_plain_area_resize_by_a_whole_factor_is_the_block_mean() -> None:
     np.testing.assert_allclose(images.resize_area(pixels, 4, 4, align_corners=False), blocks, atol=1e-3)
 
 
-@pytest.mark.parametrize("crop", [images.dvae_crop, images.transformer_crop])
+@pytest.mark.parametrize("crop", [images.dvae_crop, images.transformer_crop, images.near_crop])
 @pytest.mark.parametrize("shape", [(8, 8), (40, 30), (16, 90), (5, 200), (1, 1), (1, 9)])
 def test_crops_have_the_asked_size_and_repeat_with_the_seed(crop, shape: tuple[int, int]) -> None:  # type: ignore[no-untyped-def]
     image = noise(*shape)
@@ -323,6 +323,28 @@ def test_dvae_crop_flips_half_the_time_and_transformer_crop_never() -> None:
     assert 60 <= sum(is_flipped(images.dvae_crop(image, 16, rng)) for _ in range(200)) <= 140
     assert not any(is_flipped(images.transformer_crop(image, 16, rng)) for _ in range(50))
     assert np.asarray(images.transformer_crop(image, 16, rng))[0, 0, 1] < 16
+
+
+def test_near_crop_keeps_fifteen_sixteenths_of_the_side_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    sides: list[int] = []
+    squares: list[tuple[int, int]] = []
+    plain = images._crop
+
+    def recording(source: Image.Image, left: int, top: int, side: int) -> Image.Image:
+        if source.height == 64:  # the picture itself
+            sides.append(side)
+            squares.append((left, top))
+        return plain(source, left, top, side)
+
+    monkeypatch.setattr(images, "_crop", recording)
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        assert images.near_crop(noise(48, 64), 16, rng).size == (16, 16)
+    assert set(sides) == {45, 46, 47, 48}
+    assert {left for left, _ in squares} == {0, 1, 2, 3} and {top for _, top in squares} == {8, 9, 10, 11}
+    assert all(
+        left + side <= 48 and top + side <= 56 for (left, top), side in zip(squares, sides, strict=True)
+    )
 
 
 @pytest.mark.parametrize(

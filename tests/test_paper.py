@@ -185,7 +185,7 @@ def test_dropped_captions_are_the_null_caption(share: float, n_empty: int) -> No
     tokenizer = Tokenizer.train(captions, tiny.tokenizer)
     pairs = [Pair(key=str(i), captions=(caption,), split="train") for i, caption in enumerate(captions)]
     grid = tiny.dvae.grid_size
-    sequences = Sequences(pairs, np.zeros((len(pairs), grid, grid), dtype=np.uint16))
+    sequences = Sequences(pairs, [np.zeros((len(pairs), grid, grid), dtype=np.uint16)])
     model = Transformer(
         transformer_config(tiny.transformer, tiny.dvae, tokenizer.n_vocab, tokenizer.max_tokens)
     )

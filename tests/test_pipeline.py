@@ -12,9 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dalle.clip import CLIP, CLIPConfig
+from dalle.config import validate
 from dalle.dvae import DiscreteVAE, DVAEConfig
 from dalle.generation.options import GenerationOptions
 from dalle.generation.precision import default_dtype
+from dalle.generation.rerank import CHUNK, Ranker
 from dalle.images import center_crop, read_recipe, save_png, to_tensor
 from dalle.pipeline import DallePipeline
 from dalle.tokenizer import Tokenizer, TokenizerConfig
@@ -557,3 +560,117 @@ def test_a_hub_that_cannot_be_reached_is_one_line(
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail_to_connect)
     with pytest.raises(ValueError, match="someone/tiny is neither a folder nor to be had from the Hub: conn"):
         DallePipeline.from_pretrained("someone/tiny")
+
+
+# Ranking
+
+
+def build_ranker(tokenizer: Tokenizer) -> Ranker:
+    settings = {
+        "d_embed": 8,
+        "image_size": 16,
+        "image_tower": "vit",
+        "image_layers": 1,
+        "image_width": 64,
+        "patch_size": 8,
+        "n_text_tokens": N_TEXT,
+        "n_text_vocab": tokenizer.n_vocab,
+        "text_layers": 1,
+        "text_width": 64,
+        "text_tokens": "dalle",
+        "activation": "gelu",
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        return Ranker(CLIP(validate(CLIPConfig, settings, "test")), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def ranker(tokenizer: Tokenizer) -> Ranker:
+    return build_ranker(tokenizer)
+
+
+def test_the_best_of_all_candidates_are_kept_best_first_for_each_caption(
+    pipe: DallePipeline, ranker: Ranker
+) -> None:
+    every = pipe(CAPTIONS[:2], num_images_per_prompt=7, seed=3)
+    expected = []
+    for caption in range(2):
+        rows = range(7 * caption, 7 * caption + 7)
+        scores = ranker.score_images(CAPTIONS[caption], [every.images[row] for row in rows])
+        best = sorted(rows, key=lambda row, own=scores, first=rows[0]: -own[row - first])[:3]
+        expected += [(every.seeds[row], scores[row - rows[0]], CAPTIONS[caption]) for row in best]
+    out = pipe(CAPTIONS[:2], num_images_per_prompt=3, num_candidates=7, seed=3, ranker=ranker)
+    assert [(seed, caption) for seed, _, caption in expected] == list(
+        zip(out.seeds, out.captions, strict=True)
+    )
+    assert out.scores == pytest.approx([score for _, score, _ in expected], abs=2e-3)  # pictures have 8 bits
+    assert [recipe["rank"] for recipe in out.recipes] == [0, 1, 2, 0, 1, 2]
+    assert [recipe["score"] for recipe in out.recipes] == list(out.scores)
+    for place, seed in enumerate(out.seeds):
+        assert torch.equal(out.tokens[place], every.tokens[seed - 3])
+        assert out.images[place].tobytes() == every.images[seed - 3].tobytes()
+
+
+def test_a_kept_candidate_is_drawn_again_from_its_recipe(pipe: DallePipeline, ranker: Ranker) -> None:
+    out = pipe(CAPTIONS[0], num_candidates=9, seed=1, ranker=ranker, rows_per_batch=4)
+    image, agrees = pipe.rerun(out.recipes[0])
+    assert agrees and image.tobytes() == out.images[0].tobytes()
+
+
+def test_more_candidates_never_lower_the_best_score(pipe: DallePipeline, ranker: Ranker) -> None:
+    best = [pipe(CAPTIONS[0], num_candidates=n, ranker=ranker).scores[0] for n in (1, 4, 16)]  # type: ignore[index]
+    assert best[0] <= best[1] + 1e-6 and best[1] <= best[2] + 1e-6  # of other chunks: rounded otherwise
+
+
+def test_ranking_counts_as_progress_and_stays_in_chunks(pipe: DallePipeline, ranker: Ranker) -> None:
+    seen: list[tuple[int, int]] = []
+    n = CHUNK + 5
+    pipe(CAPTIONS[0], num_candidates=n, ranker=ranker, rows_per_batch=n, progress=lambda *x: seen.append(x))
+    assert seen == [(i, GRID + 2) for i in range(1, GRID + 3)]
+
+
+def test_a_stopped_run_ranks_what_is_finished(pipe: DallePipeline, ranker: Ranker) -> None:
+    n_rows = 0
+
+    def stop(_: DallePipeline, __: int, ___: Tensor) -> bool:
+        nonlocal n_rows
+        n_rows += 1
+        return n_rows > GRID  # within the second batch
+
+    out = pipe(
+        CAPTIONS[0], num_images_per_prompt=2, num_candidates=8, ranker=ranker, rows_per_batch=4, callback_on_row_end=stop
+    )  # fmt: skip
+    assert out.is_stopped and len(out.images) == 2 and set(out.seeds) <= {0, 1, 2, 3}
+
+
+def test_a_model_with_a_clip_ranks_by_itself_and_keeps_it_when_saved(
+    tokenizer: Tokenizer, ranker: Ranker, tmp_path: Path
+) -> None:
+    dvae, transformer = build_dvae(), build_transformer(tokenizer.n_vocab)
+    whole = DallePipeline(tokenizer, dvae, transformer, ranker=ranker)
+    out = whole(CAPTIONS[0], num_images_per_prompt=2, num_candidates=6)
+    whole.save_pretrained(tmp_path / "model")
+    index = json.loads((tmp_path / "model" / "model_index.json").read_text())
+    assert index["components"]["clip"] == "CLIP"
+    assert "clip/model.safetensors" in json.loads((tmp_path / "model" / "manifest.json").read_text())["files"]
+    loaded = DallePipeline.from_pretrained(tmp_path / "model", dtype="float32")
+    again = loaded(CAPTIONS[0], num_images_per_prompt=2, num_candidates=6)
+    assert (again.seeds, again.scores) == (out.seeds, out.scores)
+    plain = loaded(CAPTIONS[0], num_images_per_prompt=2)
+    assert plain.scores is not None and list(plain.scores) == sorted(plain.scores, reverse=True)
+
+
+def test_a_ranker_that_cannot_read_the_caption_is_refused_before_anything_is_drawn(
+    pipe: DallePipeline, tokenizer: Tokenizer
+) -> None:
+    short = Tokenizer.train(CAPTIONS, TokenizerConfig(vocab_size=400, max_tokens=2, space_tokens=False))
+    ranker = build_ranker(tokenizer)
+    settings = ranker.clip.config.model_dump() | {"n_text_tokens": 2, "n_text_vocab": short.n_vocab}
+    narrow = Ranker(CLIP(validate(CLIPConfig, settings, "test")), short)
+
+    def never(*_: object) -> bool:
+        raise AssertionError("something was drawn")
+
+    with pytest.raises(ValueError, match=r"caption has \d+ tokens; the model reads 2"):
+        pipe(CAPTIONS[0], num_candidates=4, ranker=narrow, callback_on_row_end=never)

@@ -77,7 +77,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 def one_update(stage: LineStage) -> dict[str, float]:
     """Compute one update, and leave its gradient in the model."""
     optimizer = adamw(stage.model, stage.settings)
-    return loop._update(stage, optimizer, Plateau(), Progress(), torch.float32)[1]
+    return loop.update(stage, optimizer, Plateau(), Progress(), torch.float32)[1]
 
 
 def gradient(stage: LineStage) -> Tensor:
@@ -96,7 +96,7 @@ def test_two_micro_batches_of_16_give_the_gradient_of_one_batch_of_32() -> None:
 
 def test_micro_batches_of_later_updates_are_counted_on() -> None:
     stage = LineStage(accumulation=2)
-    loop._update(stage, adamw(stage.model, stage.settings), Plateau(), Progress(step=3), torch.float32)
+    loop.update(stage, adamw(stage.model, stage.settings), Plateau(), Progress(step=3), torch.float32)
     assert stage.seen == [(3, 6), (3, 7)]
 
 
@@ -129,10 +129,10 @@ def test_an_update_that_is_not_finite_is_skipped_counted_and_said(
 def test_a_skipped_update_changes_neither_weights_nor_moments_nor_the_plateau() -> None:
     stage = LineStage(broken=(2,))
     optimizer, plateau, progress = adamw(stage.model, stage.settings), Plateau(), Progress()
-    loop._update(stage, optimizer, plateau, progress, torch.float32)
+    loop.update(stage, optimizer, plateau, progress, torch.float32)
     before = {name: tensor.clone() for name, tensor in stage.model.state_dict().items()}
     moments = [value.clone() for state in optimizer.state.values() for value in state.values()]
-    loop._update(stage, optimizer, plateau, progress, torch.float32)
+    loop.update(stage, optimizer, plateau, progress, torch.float32)
     assert (progress.step, progress.n_non_finite, plateau.count) == (2, 1, 1)
     assert all(torch.equal(tensor, before[name]) for name, tensor in stage.model.state_dict().items())
     after = [value for state in optimizer.state.values() for value in state.values()]
@@ -188,7 +188,7 @@ def test_the_average_is_taken_every_so_many_updates(tmp_path: Path) -> None:
     other = LineStage(average_every=3, average_decay=0.999)
     optimizer, plateau, progress = adamw(other.model, other.settings), Plateau(), Progress()
     for step in range(1, 7):
-        loop._update(other, optimizer, plateau, progress, torch.float32)
+        loop.update(other, optimizer, plateau, progress, torch.float32)
         if step % 3 == 0:
             by_hand.update(other.model, step // 3)
     assert torch.equal(averaged["weight"], by_hand.tensors["weight"])

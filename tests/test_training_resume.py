@@ -37,7 +37,7 @@ import dalle.weights as weights
 from dalle.cli import main
 
 stage, step, place, number = sys.argv.pop(1).split(":")
-update, write_manifest = loop._update, weights.write_manifest
+update, write_manifest = loop.update, weights.write_manifest
 def dying_update(current, optimizer, plateau, progress, dtype):
     result = update(current, optimizer, plateau, progress, dtype)
     if place == "update" and current.name == stage and progress.step == int(step):
@@ -47,7 +47,7 @@ def dying_manifest(folder, files=None):
     if place == "save" and stage in str(folder) and f"step-{step}" in str(folder):
         os.kill(os.getpid(), int(number))
     write_manifest(folder, files)
-loop._update, weights.write_manifest = dying_update, dying_manifest
+loop.update, weights.write_manifest = dying_update, dying_manifest
 main()
 """
 

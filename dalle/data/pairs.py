@@ -7,6 +7,7 @@ A pair is cheap: the picture stays in its file, tar shard or parquet table until
 import hashlib
 import json
 import re
+import threading
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -133,6 +134,7 @@ class BadSampleLog:
         With `keys`, what the file says of other samples does not count: it is of another data set.
         """
         self.path = Path(path)
+        self._lock = threading.Lock()
         self.total = total
         self.limit = limit
         self._reasons: dict[str, str] = {}
@@ -153,15 +155,16 @@ class BadSampleLog:
 
     def add(self, key: str, reason: str) -> None:
         """Write one bad sample; ValueError when more than max(1, limit * total) samples are bad by now."""
-        if key not in self._reasons:
-            self._reasons[key] = reason
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            line = json.dumps({"key": key, "reason": reason}) + "\n"
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("\n" + line if self._ends_torn else line)
-            self._ends_torn = False
+        with self._lock:  # pictures are read by several threads
+            if key not in self._reasons:
+                self._reasons[key] = reason
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                line = json.dumps({"key": key, "reason": reason}) + "\n"
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write("\n" + line if self._ends_torn else line)
+                self._ends_torn = False
         if _is_too_many(len(self), self.total, self.limit):
-            bad = [BadSample(*item) for item in self._reasons.items()]
+            bad = [BadSample(*item) for item in list(self._reasons.items())]
             raise ValueError(
                 f"{len(self)} of {self.total} samples are bad; at most {self.limit:.1%} may be: "
                 f"repair or remove those listed in {self.path}. First: {_first_reasons(bad)}"

@@ -22,7 +22,7 @@ from dalle import images, weights
 from dalle.data.pairs import BadSampleLog, Pair, PairSet
 from dalle.dvae import DiscreteVAE
 
-Crop = Literal["paper", "center"]
+Crop = Literal["paper", "center", "near"]  # Listing 2; the whole central square; nearly the whole of it
 
 FORMAT = 1  # of a store; part of its settings
 BATCHES_PER_FLUSH = 8  # what a kill can cost at most
@@ -191,4 +191,5 @@ def _read(pair: Pair, size: int, crop: Crop, seed: int) -> Image | ValueError:
     # differs: the paper draws a new crop each time it sees a picture; a store keeps one, drawn from the seed
     # and the key alone, so that neither order nor batch size nor a restart changes it
     key_seed = int.from_bytes(hashlib.sha256(pair.key.encode()).digest()[:8], "big")
-    return images.transformer_crop(image, size, np.random.default_rng([seed, key_seed]))
+    draw = images.transformer_crop if crop == "paper" else images.near_crop
+    return draw(image, size, np.random.default_rng([seed, key_seed]))

@@ -20,7 +20,7 @@ def read_captions(prompt: str | Sequence[str]) -> list[str]:
     return captions
 
 
-def count_images(num_images: int, num_candidates: int | None) -> int:
+def count_images(num_images: int, num_candidates: int | None, has_ranker: bool = False) -> int:
     """Pictures to draw for each caption; more candidates than pictures need a CLIP to choose among them."""
     if not is_count(num_images):
         raise ValueError(f"num_images_per_prompt is {num_images!r}; it must be a whole number from 1")
@@ -30,9 +30,11 @@ def count_images(num_images: int, num_candidates: int | None) -> int:
         raise ValueError(
             f"num_candidates is {num_candidates!r}; it must be at least the {num_images} pictures kept"
         )
+    if has_ranker:
+        return num_candidates
     raise ValueError(
         f"num_candidates is {num_candidates} for {num_images} pictures; choosing among candidates needs a"
-        " CLIP, which this model lacks: leave num_candidates out"
+        " CLIP, which this model lacks: give a ranker, or leave num_candidates out"
     )
 
 

@@ -116,7 +116,7 @@ def train_stage(stage: Stage, run_folder: Path, dtype: torch.dtype, quiet: bool 
             log.metrics(found.step, {"resumed": True})
         model.train()
         while progress.step < settings.steps:
-            loss, metrics = _update(stage, optimizer, plateau, progress, dtype)
+            loss, metrics = update(stage, optimizer, plateau, progress, dtype)
             if progress.step % settings.average_every == 0:
                 average.update(model, progress.step // settings.average_every)
             n_pictures = settings.batch_size * settings.accumulation
@@ -139,7 +139,7 @@ def train_stage(stage: Stage, run_folder: Path, dtype: torch.dtype, quiet: bool 
     return average.tensors
 
 
-def _update(
+def update(
     stage: Stage, optimizer: torch.optim.Optimizer, plateau: Plateau, progress: Progress, dtype: torch.dtype
 ) -> tuple[float, dict[str, float]]:
     """One update: accumulate, clip, step; a non-finite one is skipped and counted."""

@@ -51,6 +51,9 @@ class TransformerTraining(Optimization):
     """Stage 2 (App. B.2): captions are encoded anew each epoch, picture tokens once."""
 
     crop: Literal["paper", "center"]  # Listing 2, or the whole picture
+    # Times that each picture is cropped and encoded, of which every epoch takes one; beyond the first a whole picture
+    # becomes nearly the whole. differs: the paper, which sees its data once, draws a new crop each time.
+    n_encodings: int = Field(1, ge=1)
     bpe_dropout: float = Field(ge=0, lt=1)  # paper 0.1
     caption_dropout: float = Field(ge=0, lt=1)  # share of empty captions, for guidance; paper: none
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dalle import weights
 from dalle.config import differences
 from dalle.data.pairs import BadSampleLog, PairSet, read_pairs
-from dalle.data.tokens import TokenStore, encode_pairs
+from dalle.data.tokens import Crop, TokenStore, encode_pairs
 from dalle.dvae import DiscreteVAE
 from dalle.pipeline import check_fit, write_index
 from dalle.tokenizer import Tokenizer
@@ -319,14 +319,7 @@ def _save(run: Run, stage: str, model: nn.Module, state: dict[str, Tensor], inpu
 
 def _transformer_stage(run: Run, tokenizer: Tokenizer, dvae: DiscreteVAE) -> None:
     recipe, folder = run.recipe, run.out / "transformer"
-    store = encode_pairs(
-        run.pairs,
-        dvae,
-        run.folder,
-        crop=recipe.transformer_training.crop,
-        seed=recipe.seed,
-        progress=None if run.quiet else _encoding_lines(),
-    )
+    stores = _encode(run, dvae)
     given = _given(run, "transformer")
     inputs: dict[str, Any] = {
         "model": recipe.transformer.model_dump(mode="json"),
@@ -352,8 +345,8 @@ def _transformer_stage(run: Run, tokenizer: Tokenizer, dvae: DiscreteVAE) -> Non
         recipe.transformer_training,
         tokenizer,
         dvae,
-        _sequences(store, run.train),
-        _sequences(store, run.held_out),
+        sequences(stores, run.train),
+        sequences(stores[:1], run.held_out),
         seed=recipe.seed,
         balance=recipe.balance,
         sampling=recipe.sampling,
@@ -365,26 +358,50 @@ def _transformer_stage(run: Run, tokenizer: Tokenizer, dvae: DiscreteVAE) -> Non
     _save(run, "transformer", model, _run_stage(run, stage, inputs), inputs)
 
 
-def _encoding_lines() -> Callable[[int, int], None]:
-    """Says now and then how many pictures are encoded."""
-    last = time.monotonic()
+def _encode(run: Run, dvae: DiscreteVAE) -> list[TokenStore]:
+    """All pictures as tokens, as often as the recipe says; held-out ones are looked at in the first encoding."""
+    training, seed = run.recipe.transformer_training, run.recipe.seed
+    further: Crop = "near" if training.crop == "center" else training.crop
+    n = training.n_encodings
+    names = ["encoding"] if n == 1 else [f"encoding {i} of {n}" for i in range(1, n + 1)]
+    return [
+        encode_pairs(
+            run.pairs,
+            dvae,
+            run.folder,
+            crop=further if i else training.crop,
+            seed=seed + i,
+            progress=None if run.quiet else _encoding_lines(name),
+        )
+        for i, name in enumerate(names)
+    ]
+
+
+def _encoding_lines(name: str) -> Callable[[int, int], None]:
+    """Says now and then how many pictures are encoded, and how long the rest of them takes."""
+    began = last = time.monotonic()
+    first: int | None = None  # pictures that were done before
 
     def say(done: int, total: int) -> None:
-        nonlocal last
+        nonlocal last, first
+        first = done if first is None else first
         now = time.monotonic()
         if now - last >= LINE_SECONDS:
             last = now
-            logger.info("encoding %d/%d pictures", done, total)
+            left = int((now - began) / max(done - first, 1) * (total - done))
+            logger.info("%s: %d/%d pictures  ETA %d:%02d", name, done, total, left // 60, left % 60)
 
     return say
 
 
-def _sequences(store: TokenStore, pairs: list[Any]) -> Sequences:
-    index = {store.keys[row]: row for row in store.valid.tolist()}
+def sequences(stores: list[TokenStore], pairs: list[Any]) -> Sequences:
+    """The readable ones of `pairs` with their tokens in every store; ValueError when there are none."""
+    index = {stores[0].keys[row]: row for row in stores[0].valid.tolist()}
     kept = [pair for pair in pairs if pair.key in index]
     if not kept:
         raise ValueError(f"no picture of split {pairs[0].split} can be read; see run/bad_samples.jsonl")
-    return Sequences(kept, store.tokens[[index[pair.key] for pair in kept]])
+    rows = [index[pair.key] for pair in kept]
+    return Sequences(kept, [store.tokens[rows] for store in stores])
 
 
 def _finish(run: Run) -> None:

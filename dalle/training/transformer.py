@@ -26,14 +26,14 @@ SHEET_CAPTIONS = 16
 
 @dataclass(frozen=True)
 class Sequences:
-    """Captioned pictures as the transformer sees them: pairs, and the tokens of each pair's picture."""
+    """Captioned pictures as the transformer sees them: pairs, and the tokens of each pair's picture, once or more."""
 
     pairs: list[Pair]
-    tokens: np.ndarray  # (M, G, G) uint16
+    encodings: list[np.ndarray]  # each (M, G, G) uint16
 
-    def image(self, index: int) -> np.ndarray:
+    def image(self, index: int, encoding: int = 0) -> np.ndarray:
         """The image tokens of pair `index` in raster order, (N,) int64."""
-        return np.asarray(self.tokens[index]).astype(np.int64).reshape(-1)
+        return np.asarray(self.encodings[encoding][index]).astype(np.int64).reshape(-1)
 
 
 class TransformerStage:
@@ -67,8 +67,15 @@ class TransformerStage:
         """Text (B, T) and image tokens (B, N) of micro-batch `number`."""
         members = self.order.batch(number, self.settings.batch_size)
         text = np.stack([self._text(epoch, index) for epoch, index in members])
-        image = np.stack([self.train.image(index) for _, index in members])
+        image = np.stack([self.train.image(index, self._encoding(epoch, index)) for epoch, index in members])
         return torch.from_numpy(text).to(self.device), torch.from_numpy(image).to(self.device)
+
+    def _encoding(self, epoch: int, index: int) -> int:
+        """Which encoding of a picture an epoch sees."""
+        n = len(self.train.encodings)
+        if n == 1:
+            return 0
+        return int(rng(self.seed, "encoding", epoch, self.train.pairs[index].key).integers(n))
 
     def _text(self, epoch: int, index: int) -> np.ndarray:
         """One caption of a pair, encoded anew: the draw depends on (seed, epoch, sample)."""

@@ -1,0 +1,76 @@
+"""The gradient of a contrastive loss over more pairs than fit into memory, or than one process holds.
+
+Every pair of a batch is compared with every other, so such a loss is no sum over micro-batches. `cached_backward`
+gives the exact gradient, that of scale and bias too, by running the towers twice (Gao et al. 2021, arXiv 2101.06983).
+`gathered_loss` gives the exact gradient across processes: each compares its own rows with everybody's, and the
+gradient flows back through the gathering (without that its direction is wrong, though the loss looks right).
+
+Shapes: n pairs of a micro-batch or process, N pairs of all, E width of the embedding.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.nn import functional as F
+
+Batch = TypeVar("Batch")
+Encode = Callable[
+    [Batch], tuple[Tensor, Tensor]
+]  # a micro-batch -> unit vectors of images and texts, (n, E) each
+PairLoss = Callable[[Tensor, Tensor], Tensor]  # unit vectors of images and texts, (N, E) each -> a scalar
+
+
+def cached_backward(encode: Encode[Batch], batches: Sequence[Batch], loss: PairLoss) -> Tensor:
+    """Add the gradient of `loss` over all micro-batches together to the parameters; returns the loss, detached.
+
+    Exact where encoding a row does not depend on the other rows and draws no random numbers: batch normalisation
+    in training mode sees micro-batches, as it does under any accumulation.
+    """
+    if len(batches) == 1:  # nothing to cache
+        value = loss(*encode(batches[0]))
+        value.backward()  # type: ignore[no-untyped-call]
+        return value.detach()
+    with torch.no_grad():
+        vectors = [encode(batch) for batch in batches]
+    images, texts = (torch.cat(parts).requires_grad_() for parts in zip(*vectors, strict=True))  # (N, E)
+    value = loss(images, texts)
+    value.backward()  # type: ignore[no-untyped-call]  # reaches scale and bias, and stops at the vectors
+    assert images.grad is not None and texts.grad is not None
+    sizes = [len(image) for image, _ in vectors]
+    gradients = zip(torch.split(images.grad, sizes), torch.split(texts.grad, sizes), strict=True)
+    for batch, gradient in zip(batches, gradients, strict=True):
+        torch.autograd.backward(encode(batch), gradient)
+    return value.detach()
+
+
+def gathered_loss(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """This process's share of the loss over all processes' pairs; the mean over processes is the whole loss.
+
+    Averaged over processes, as DDP does, its gradient is that of one process with all N pairs. `images` and `texts`
+    (n, E) are unit vectors, n the same everywhere. InfoNCE, or SigLIP where there is a bias.
+    """
+    all_images, all_texts = _gather(images), _gather(texts)  # (N, E)
+    first = dist.get_rank() * len(images)
+    target = torch.arange(first, first + len(images), device=images.device)
+    if bias is None:
+        of_images = F.cross_entropy(scale * images @ all_texts.T, target)
+        of_texts = F.cross_entropy(scale * texts @ all_images.T, target)
+        return (of_images + of_texts) / 2
+    logits = scale * images @ all_texts.T + bias  # (n, N)
+    sign = 2 * F.one_hot(target, len(all_texts)).to(logits.dtype) - 1
+    return -F.logsigmoid(sign * logits).sum() / len(images)
+
+
+def _gather(vectors: Tensor) -> Tensor:
+    from torch.distributed._functional_collectives import all_gather_tensor_autograd
+
+    return cast(Tensor, all_gather_tensor_autograd(vectors.contiguous(), 0, _everybody()))
+
+
+def _everybody() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None  # whoever gathers has called init_process_group
+    return group
