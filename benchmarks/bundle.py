@@ -18,7 +18,8 @@ from PIL.Image import Image, Resampling
 from dalle import images, weights
 from dalle.data.pairs import read_pairs
 from dalle.evaluation.report import evaluate
-from dalle.pipeline import DallePipeline, write_index
+from dalle.model_folder import write_index
+from dalle.pipeline import DallePipeline
 
 BUNDLED = Path(__file__).parent.parent / "dalle" / "bundled"
 MAX_BYTES = 40_000_000

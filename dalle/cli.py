@@ -94,7 +94,7 @@ def _device(name: str | None) -> Any:
 def _dtype(name: str, device: Any) -> Any:
     import torch
 
-    from dalle.pipeline import default_dtype
+    from dalle.generation.precision import default_dtype
 
     dtypes = {"auto": default_dtype(device), "float32": torch.float32, "bfloat16": torch.bfloat16}
     if name not in dtypes:
@@ -144,7 +144,8 @@ def generate(
     _log_to_stderr(quiet=True)
     from dalle import images
     from dalle.generation.rerank import Ranker
-    from dalle.pipeline import DallePipeline, model_folder
+    from dalle.model_folder import model_folder
+    from dalle.pipeline import DallePipeline
 
     place = _device(device)
     pipe = DallePipeline.from_pretrained(model, dtype=dtype, device=place)
@@ -239,7 +240,7 @@ def train(
     """Train every stage: tokenizer, dVAE, picture tokens, transformer. Stop it at any time; run it again to go on."""
     _log_to_stderr(quiet)
     from dalle.config import load_preset, override, validate
-    from dalle.pipeline import bundled_folder
+    from dalle.model_folder import bundled_folder
     from dalle.training.loop import Stopped
     from dalle.training.memory import keep_freed_memory
     from dalle.training.recipe import Recipe
@@ -383,7 +384,7 @@ def rerank(
     _log_to_stderr(quiet=True)
     from dalle import images
     from dalle.generation.rerank import Ranker, best_first
-    from dalle.pipeline import model_folder
+    from dalle.model_folder import model_folder
 
     judge = Ranker.from_pretrained(model_folder(ranker))
     opened = [images.open_image(path) for path in pictures]
@@ -412,7 +413,7 @@ def classify(
     from dalle.evaluation.zero_shot import class_vectors, read_labels
     from dalle.evaluation.zero_shot import classify as probabilities_of
     from dalle.generation.rerank import Ranker
-    from dalle.pipeline import model_folder
+    from dalle.model_folder import model_folder
 
     names = read_labels(labels)
     judge = Ranker.from_pretrained(model_folder(ranker))

@@ -6,11 +6,9 @@ Shapes: B captions, R pictures (rows), G grid side, N = G * G image tokens.
 
 from __future__ import annotations
 
-import importlib.resources
 import logging
 import math
 import platform
-import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,26 +37,18 @@ from dalle.generation.recipe import (
 from dalle.generation.request import count_images, count_seeds, is_count, read_captions, read_options
 from dalle.generation.rerank import CHUNK, Ranker, best_first
 from dalle.images import center_crop, to_images, to_tensor
+from dalle.model_folder import check_fit, model_folder, one_line, read_index, write_index
 from dalle.tokenizer import Tokenizer
 from dalle.transformer import Transformer
 from dalle.weights import (
     atomic_folder,
     file_sha256,
-    read_json,
     verify_manifest,
     write_bytes,
-    write_json,
-    write_manifest,
 )
-
-__all__ = ["DallePipeline", "PipelineOutput", "bundled_folder", "check_fit", "default_dtype", "write_index"]
 
 logger = logging.getLogger(__name__)
 
-COMPONENTS = {"tokenizer": "Tokenizer", "dvae": "DiscreteVAE", "transformer": "Transformer"}
-OPTIONAL = {"clip": "CLIP", "judge": "CLIP"}  # ranks what is drawn; scores it in evaluations only
-HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-HUB_FILES = ["*.json", "README.md", "tokenizer/*", "dvae/*", "transformer/*", "clip/*", "judge/*"]
 
 RowCallback = Callable[["DallePipeline", int, Tensor], bool | None]
 Progress = Callable[[int, int], None]
@@ -133,7 +123,7 @@ class DallePipeline:
                 f"{folder} has no model_index.json: it is no model folder, or its training has not finished"
             )
         verify_manifest(folder)
-        defaults = _read_index(folder / "model_index.json")
+        defaults = read_index(folder / "model_index.json")
         pipe = cls(
             Tokenizer.from_pretrained(folder / "tokenizer"),
             DiscreteVAE.from_pretrained(folder / "dvae").eval(),
@@ -220,7 +210,7 @@ class DallePipeline:
                 url = api.create_repo(repo_id, private=private, exist_ok=True)
                 api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"dalle {__version__}")
             except Exception as error:  # those of the client's HTTP library, which differs by version, too
-                raise ValueError(f"cannot push to {repo_id!r}: {_one_line(error)}") from error
+                raise ValueError(f"cannot push to {repo_id!r}: {one_line(error)}") from error
         return str(url)
 
     def _write(self, folder: Path) -> None:
@@ -487,106 +477,3 @@ class DallePipeline:
     def _pixels(self, tokens: Tensor) -> Tensor:
         with torch.no_grad():
             return self.dvae.decode(tokens.to(next(self.dvae.parameters()).device))  # (R, 3, H, W) in [0, 1]
-
-
-# The model folder
-
-
-def check_fit(tokenizer: Tokenizer, dvae: DiscreteVAE, transformer: Transformer) -> None:
-    """Raises ValueError when the components were not made for each other."""
-    config = transformer.config
-    pairs = [
-        ("the dVAE has", dvae.config.n_codes, "codes", config.n_image_vocab),
-        ("the dVAE's grid side is", dvae.config.grid_size, "tokens", config.grid_size),
-        ("the tokenizer has", tokenizer.n_vocab, "vocabulary entries", config.n_text_vocab),
-        ("the tokenizer pads captions to", tokenizer.max_tokens, "tokens", config.n_text_tokens),
-    ]
-    for what, has, unit, needs in pairs:
-        if has != needs:
-            raise ValueError(
-                f"{what} {has} {unit}; the transformer was made for {needs}: use parts of one training run"
-            )
-
-
-def write_index(folder: Path, defaults: GenerationOptions) -> None:
-    """Turns a folder that holds the components into a model folder: model_index.json, then the manifest."""
-    index = {
-        "_class_name": "DallePipeline",
-        "_dalle_version": __version__,
-        "components": COMPONENTS
-        | {name: kind for name, kind in OPTIONAL.items() if (folder / name).is_dir()},
-        "defaults": defaults.model_dump(),
-    }
-    write_json(folder / "model_index.json", index)
-    write_manifest(folder, _files_to_verify(folder))  # last: without it the folder is not a model
-
-
-def bundled_folder() -> Path:
-    """Where the model that ships in the package lies."""
-    return Path(str(importlib.resources.files("dalle") / "bundled"))
-
-
-def model_folder(
-    source: str | Path | None, revision: str | None = None, cache_dir: str | Path | None = None
-) -> Path:
-    """The local folder of a source (None: the bundled model), fetched from the Hub where it is not local.
-
-    Raises:
-        ValueError: neither a folder nor to be had from the Hub.
-    """
-    if source is None:
-        folder = bundled_folder()
-        if not (folder / "model_index.json").is_file():
-            raise ValueError(
-                "this installation has no bundled model: give a model folder or a Hugging Face Hub id"
-            )
-        return folder
-    if Path(source).is_dir():
-        return Path(source)
-    if isinstance(source, Path) or not HUB_ID.fullmatch(source):
-        raise ValueError(
-            f"{source} is not a folder: give a model folder or a Hugging Face Hub id such as owner/name"
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(source, revision=revision, cache_dir=cache_dir, allow_patterns=HUB_FILES)
-        )
-    except Exception as error:  # as in push_to_hub
-        raise ValueError(
-            f"{source} is neither a folder nor to be had from the Hub: {_one_line(error)}"
-        ) from error
-
-
-def _read_index(path: Path) -> GenerationOptions:
-    """Checks model_index.json and gives the model's default settings."""
-    index = read_json(path)
-    name = index.get("_class_name") if isinstance(index, dict) else None
-    if name != "DallePipeline":
-        raise ValueError(f"{path} describes {name!r}; dalle reads models of class 'DallePipeline'")
-    components = index.get("components")
-    there = {name: kind for name, kind in OPTIONAL.items() if (path.parent / name).is_dir()}
-    if components != COMPONENTS | there:
-        raise ValueError(
-            f"{path} lists components {components}; dalle {__version__} reads {COMPONENTS | there} here:"
-            f" install the dalle that wrote it ({index.get('_dalle_version')})"
-        )
-    return validate(GenerationOptions, index.get("defaults", {}), f"{path}: defaults")
-
-
-def _files_to_verify(folder: Path) -> list[str]:
-    """model_index.json and the files of every component, other tools' too (clip/, judge/)."""
-    found = [folder / "model_index.json"]
-    for component in folder.iterdir():
-        if component.is_dir() and component.name != "run" and not component.name.startswith("."):
-            names = ("*.safetensors", "config.json", "tokenizer.json", "merges.txt")
-            found += [path for name in names for path in component.rglob(name)]
-    return [path.relative_to(folder).as_posix() for path in found]
-
-
-# Small parts
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from dalle.data.shapes import write_shapes
-from dalle.pipeline import DallePipeline, bundled_folder
+from dalle.model_folder import bundled_folder
+from dalle.pipeline import DallePipeline
 from dalle.weights import verify_manifest
 
 

@@ -14,6 +14,7 @@ LAYERS = (
     ("training", "serving", "importers"),
     ("evaluation",),
     ("pipeline",),
+    ("model_folder",),
     ("generation",),
     ("data",),
     ("dvae", "transformer", "clip"),

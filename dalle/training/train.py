@@ -22,7 +22,7 @@ from dalle.config import differences
 from dalle.data.pairs import BadSampleLog, PairSet, read_pairs
 from dalle.data.tokens import Crop, TokenStore, encode_pairs
 from dalle.dvae import DiscreteVAE
-from dalle.pipeline import check_fit, write_index
+from dalle.model_folder import check_fit, write_index
 from dalle.tokenizer import Tokenizer
 from dalle.training.card import write_card
 from dalle.training.dvae import DVAEStage
