@@ -38,6 +38,17 @@ def test_card_states_the_figures_of_its_own_evaluation() -> None:
         assert licence in card
 
 
+def test_readme_states_the_figures_of_the_card() -> None:
+    readme, figures = (Path(__file__).parents[1] / "README.md").read_text(), evaluation()
+    dvae, nearest, losses = figures["dvae"], figures["nearest_of_100"], figures["transformer"]
+    assert isinstance(dvae, dict) and isinstance(nearest, dict) and isinstance(losses, dict)
+    draws, combo = nearest["draws"], losses["combo"]
+    assert f"**{dvae['psnr']:.1f} dB**, {dvae['ink_psnr']:.1f} dB" in readme
+    assert f"{dvae['codes_used']:.1%} of {dvae['n_codes']} codes" in readme
+    assert f"{combo['image_loss']:.2f} and {combo['image_loss_shuffled']:.2f} nats" in readme
+    assert f"**{draws['recall_at_1']:.1%}** (± {draws['recall_at_1_standard_error']:.1%})" in readme
+
+
 def test_dvae_reaches_the_promised_reconstruction() -> None:
     dvae = evaluation()["dvae"]
     assert isinstance(dvae, dict)
