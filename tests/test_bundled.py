@@ -63,14 +63,18 @@ def test_true_captions_predict_the_picture_better_than_other_ones() -> None:
         assert figures["image_loss"] < figures["image_loss_shuffled"]
 
 
-def test_red_and_green_are_drawn_as_asked() -> None:
+def test_colours_are_drawn_as_asked() -> None:
     pipe = DallePipeline.from_pretrained(dtype="float32")
-    out = pipe(
-        ["a red apple, flat fluent style", "a green apple, flat fluent style"], num_images_per_prompt=4
-    )
+    captions = [
+        "a red apple, flat fluent style",
+        "a blue heart, twemoji style",
+        "a yellow heart, twemoji style",
+    ]
+    out = pipe(captions, num_images_per_prompt=4)
     ink = [colour_of_the_ink(np.asarray(image)) for image in out.images]
     assert sum(red > green for red, green, _ in ink[:4]) >= 3
-    assert sum(green > red for red, green, _ in ink[4:]) >= 3
+    assert sum(blue > red for red, _, blue in ink[4:8]) >= 3
+    assert sum(red > blue and green > blue for red, green, blue in ink[8:]) >= 3
 
 
 def colour_of_the_ink(pixels: np.ndarray) -> tuple[float, float, float]:
