@@ -53,6 +53,13 @@ def write_index(folder: Path, defaults: GenerationOptions) -> None:
     write_manifest(folder, _files_to_verify(folder))  # last: without it the folder is not a model
 
 
+def write_ranker_index(folder: Path) -> None:
+    """Turns a folder with a CLIP and its tokenizer into one that can rank: model_index.json, then the manifest."""
+    index = {"_class_name": "CLIP", "_dalle_version": __version__, "components": {"clip": "CLIP"}}
+    write_json(folder / "model_index.json", index)
+    write_manifest(folder, _files_to_verify(folder))
+
+
 def bundled_folder() -> Path:
     """Where the model that ships in the package lies."""
     return Path(str(importlib.resources.files("dalle") / "bundled"))

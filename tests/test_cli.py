@@ -461,7 +461,10 @@ def test_train_prints_the_model_folder_and_says_what_it_trains_on(
         (["--set", "dvae_training.steps=-1"], "dvae_training.steps = -1"),
         (["--set", "dvae_training.steps"], "dvae_training.steps"),
         (["--set", "dvae.image_size=30"], "image_size is 30; it must be a multiple of 8"),
-        (["--stages", "dvae,clip"], "stage 'clip' is unknown: choose from tokenizer, dvae, transformer"),
+        (
+            ["--stages", "dvae,vqgan"],
+            "stage 'vqgan' is unknown: choose from tokenizer, dvae, transformer, clip",
+        ),
         (["--init-from", "nowhere"], "--init-from nowhere: no such folder"),
         (["--device", "gpu"], "device 'gpu' is unknown"),
         (["--dtype", "int8"], "dtype 'int8' is unknown: use auto, float32, bfloat16"),

@@ -139,8 +139,10 @@ def test_stages_transformer_uses_the_dvae_that_is_given(data: Path, trained: Pat
 
 
 def test_an_unknown_stage_is_refused_before_anything_is_written(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="stage 'clip' is unknown: choose from tokenizer, dvae, transformer"):
-        run(data, tmp_path / "model", stages=("dvae", "clip"))
+    with pytest.raises(
+        ValueError, match="stage 'vqgan' is unknown: choose from tokenizer, dvae, transformer, clip"
+    ):
+        run(data, tmp_path / "model", stages=("dvae", "vqgan"))
     assert not (tmp_path / "model").exists()
 
 
@@ -237,7 +239,7 @@ def test_init_from_with_a_dvae_alone_trains_the_rest(data: Path, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("missing", "no such folder"), ("empty", "holds no tokenizer, dvae or transformer")],
+    [("missing", "no such folder"), ("empty", "holds no tokenizer, dvae, transformer or clip")],
 )
 def test_init_from_a_folder_without_components_is_refused(
     data: Path, tmp_path: Path, name: str, expected: str

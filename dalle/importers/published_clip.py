@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dalle import __version__
 from dalle.clip import CLIP, HEAD_WIDTH, OPENAI_MEAN, OPENAI_STD, CLIPConfig
 from dalle.clip_tokenizer import CLIPTokenizer
 from dalle.config import validate
-from dalle.weights import atomic_folder, load_strict, load_tensors, read_json, write_json, write_manifest
+from dalle.model_folder import write_ranker_index
+from dalle.weights import atomic_folder, load_strict, load_tensors, read_json
 
 HUGGINGFACE_NAMES = (  # theirs -> OpenAI's, in this order
     (r"^text_model\.embeddings\.token_embedding\.weight$", "token_embedding.weight"),
@@ -112,9 +112,7 @@ def write_clip(
     with atomic_folder(out) as folder:
         model.save_pretrained(folder / "clip")
         tokenizer.save_pretrained(folder / "clip")
-        index = {"_class_name": "CLIP", "_dalle_version": __version__, "components": {"clip": "CLIP"}}
-        write_json(folder / "model_index.json", index)
-        write_manifest(folder)
+        write_ranker_index(folder)
 
 
 def from_huggingface(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -41,8 +41,10 @@ def cached_backward(encode: Encode[Batch], batches: Sequence[Batch], loss: PairL
     assert images.grad is not None and texts.grad is not None
     sizes = [len(image) for image, _ in vectors]
     gradients = zip(torch.split(images.grad, sizes), torch.split(texts.grad, sizes), strict=True)
-    for batch, gradient in zip(batches, gradients, strict=True):
-        torch.autograd.backward(encode(batch), gradient)
+    for batch, both in zip(batches, gradients, strict=True):
+        # a frozen tower's vectors take no gradient
+        learning = [(x, gradient) for x, gradient in zip(encode(batch), both, strict=True) if x.requires_grad]
+        torch.autograd.backward([x for x, _ in learning], [gradient for _, gradient in learning])
     return value.detach()
 
 

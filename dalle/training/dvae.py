@@ -3,8 +3,6 @@
 Shapes: B batch, H and W picture sides in pixels, G grid side.
 """
 
-from collections.abc import Callable
-
 import torch
 from PIL.Image import Image
 from torch import Tensor
@@ -16,12 +14,11 @@ from dalle.evaluation.protocols import measure_reconstruction, reconstruct
 from dalle.evaluation.sheets import pairs_sheet, spread
 from dalle.training.optim import half_cosine
 from dalle.training.order import Order, rng
-from dalle.training.prefetch import Prefetch
+from dalle.training.pictures import Pictures, load_all
 from dalle.training.recipe import Balance, DVAETraining
 
 SHEET_PICTURES = 16
 VALIDATION_BATCH = 32
-MAX_CACHE_BYTES = 2**30  # of whole pictures, kept small in memory so that each file is decoded once
 
 
 class DVAEStage:
@@ -44,42 +41,27 @@ class DVAEStage:
         self.train, self.bad = train, bad
         self.order = Order(train, seed, balance)
         self.device = next(model.parameters()).device
-        self._prefetch = Prefetch(self._load)
         size = model.config.image_size
-        fits = settings.crop == "center" and 3 * size * size * len(train) <= MAX_CACHE_BYTES
-        self._cache: dict[int, Image] | None = {} if fits else None
-        chosen = spread(held_out, settings.n_validation)
-        self.held_out = images.to_tensor(
-            load_all(chosen, lambda pair: images.center_crop(pair.open(), size), bad)
+
+        def whole(pair: Pair) -> Image:
+            return images.center_crop(pair.open(), size)
+
+        is_whole = settings.crop == "center"
+        self._pictures = Pictures(
+            train,
+            self.order,
+            settings.batch_size,
+            bad,
+            read=whole if is_whole else Pair.open,
+            draw=None if is_whole else lambda picture, drawn: images.dvae_crop(picture, size, drawn),
+            side=size if is_whole else None,
+            seed=seed,
         )
+        _, self.held_out = load_all(spread(held_out, settings.n_validation), whole, bad)
 
     def batch(self, number: int) -> Tensor:
         """Pictures of micro-batch `number`, (B, 3, H, W) in [0, 1]."""
-        return self._prefetch(number).to(self.device)
-
-    def _load(self, number: int) -> Tensor:
-        pictures = []
-        for epoch, index in self.order.batch(number, self.settings.batch_size):
-            try:
-                pictures.append(self._picture(epoch, index))
-            except ValueError as error:
-                reason = str(error)
-                self.bad.add(self.train[index].key, reason)
-        if not pictures:
-            raise ValueError(f"no picture of a whole batch can be read, the last because: {reason}")
-        return images.to_tensor(pictures).contiguous(memory_format=torch.channels_last)
-
-    def _picture(self, epoch: int, index: int) -> Image:
-        """One training picture at the model's size; ValueError when its file cannot be read."""
-        if self._cache is not None and index in self._cache:
-            return self._cache[index]
-        pair, size = self.train[index], self.model.config.image_size
-        if self.settings.crop == "paper":
-            return images.dvae_crop(pair.open(), size, rng(self.seed, "crop", epoch, pair.key))
-        picture = images.center_crop(pair.open(), size)
-        if self._cache is not None:
-            self._cache[index] = picture
-        return picture
+        return self._pictures(number)[1].to(self.device)
 
     def loss(self, batch: Tensor, step: int, number: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The (relaxed, normalised) evidence lower bound of a micro-batch under the schedules of update `step`."""
@@ -103,17 +85,3 @@ class DVAEStage:
         """Held-out pictures, each above its reconstruction from hard tokens."""
         originals = self.held_out[spread(range(len(self.held_out)), SHEET_PICTURES)]
         return pairs_sheet(originals, reconstruct(self.model, originals)[1])
-
-
-def load_all(pairs: list[Pair], read: Callable[[Pair], Image], bad: BadSampleLog) -> list[Image]:
-    """The pictures of `pairs`; unreadable ones are logged and left out."""
-    pictures = []
-    for pair in pairs:
-        try:
-            pictures.append(read(pair))
-        except ValueError as error:
-            reason = str(error)
-            bad.add(pair.key, reason)
-    if not pictures:
-        raise ValueError(f"no held-out picture can be read, the last because: {reason}")
-    return pictures

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from PIL.Image import Image
@@ -52,6 +52,17 @@ class Stage(Protocol):
 
     def sheet(self) -> Image:
         """A picture that tells a person how the stage is going."""
+
+
+@runtime_checkable
+class WholeBatchStage(Stage, Protocol):
+    """A stage whose loss is no sum over micro-batches: it adds an update's gradient itself."""
+
+    def backward(self, step: int, dtype: torch.dtype) -> tuple[float, dict[str, float]]:
+        """Add the gradient of update `step`, computed in `dtype`, to the parameters; its loss, and what to log."""
+
+    def after_update(self) -> None:
+        """Restore what must hold of the weights after each update."""
 
 
 class Stopped(Exception):
@@ -148,17 +159,8 @@ def update(
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
-    total, sums = 0.0, dict[str, float]()
-    device = next(stage.model.parameters()).device
-    for micro in range(settings.accumulation):
-        number = step * settings.accumulation + micro
-        batch = stage.batch(number)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            loss, metrics = stage.loss(batch, step, number)
-        (loss / settings.accumulation).backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach()) / settings.accumulation
-        for name, value in metrics.items():
-            sums[name] = sums.get(name, 0.0) + float(value) / settings.accumulation
+    whole = stage if isinstance(stage, WholeBatchStage) else None
+    total, sums = _accumulate(stage, step, dtype) if whole is None else whole.backward(step, dtype)
     limit = settings.clip_norm or math.inf
     norm = float(torch.nn.utils.clip_grad_norm_(stage.model.parameters(), limit))
     progress.step += 1
@@ -166,6 +168,8 @@ def update(
         _skip(stage, progress)
     else:
         optimizer.step()
+        if whole is not None:
+            whole.after_update()
         progress.n_non_finite_in_a_row = 0
         plateau.update(total)
     return total, {
@@ -175,6 +179,21 @@ def update(
         "learning_rate": rate,
         "n_non_finite": progress.n_non_finite,
     }
+
+
+def _accumulate(stage: Stage, step: int, dtype: torch.dtype) -> tuple[float, dict[str, float]]:
+    """Add the mean gradient of an update's micro-batches to the parameters; mean loss and metrics."""
+    n, total, sums = stage.settings.accumulation, 0.0, dict[str, float]()
+    device = next(stage.model.parameters()).device
+    for number in range(step * n, (step + 1) * n):
+        batch = stage.batch(number)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss, metrics = stage.loss(batch, step, number)
+        (loss / n).backward()  # type: ignore[no-untyped-call]
+        total += float(loss.detach()) / n
+        for name, value in metrics.items():
+            sums[name] = sums.get(name, 0.0) + float(value) / n
+    return total, sums
 
 
 def _skip(stage: Stage, progress: Progress) -> None:

@@ -17,9 +17,15 @@ def rng(*key: int | str) -> np.random.Generator:
 
 
 class Order:
-    """Shuffled epochs over `pairs`; with a balance, large groups of alike pictures give a few members an epoch each."""
+    """Shuffled epochs over `pairs`; with a balance, large groups of alike pictures give a few members an epoch each.
 
-    def __init__(self, pairs: Sequence[Pair], seed: int, balance: Balance | None = None) -> None:
+    An epoch's last pictures are left out where it is no multiple of `multiple`, so that no run of so many, counted
+    from the start, meets a picture twice. Raises ValueError when an epoch is shorter than that.
+    """
+
+    def __init__(
+        self, pairs: Sequence[Pair], seed: int, balance: Balance | None = None, multiple: int = 1
+    ) -> None:
         self.seed = seed
         self.cap = balance.cap if balance else 1
         groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
@@ -27,7 +33,12 @@ class Order:
             group = tuple(pair.fields.get(field) for field in balance.fields) if balance else (index,)
             groups[group].append(index)
         self.groups = [np.array(members) for members in groups.values()]
-        self.n_epoch = sum(min(self.cap, len(members)) for members in self.groups)  # pictures an epoch
+        n_chosen = sum(min(self.cap, len(members)) for members in self.groups)
+        self.n_epoch = n_chosen - n_chosen % multiple  # pictures an epoch
+        if self.n_epoch == 0:
+            raise ValueError(
+                f"an epoch has {n_chosen} pictures, an update needs {multiple} different ones: lower the batch size"
+            )
         self._cached: tuple[int, np.ndarray] | None = None
 
     def epoch(self, number: int) -> np.ndarray:

@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from dalle.attention import LayerKind
+from dalle.clip import CLIPConfig
 from dalle.config import Config
 from dalle.dvae import DVAEConfig
 from dalle.generation.options import GenerationOptions
@@ -58,6 +59,33 @@ class TransformerTraining(Optimization):
     caption_dropout: float = Field(ge=0, lt=1)  # share of empty captions, for guidance; paper: none
 
 
+class CLIPTraining(Optimization):
+    """Stage 3 (Radford et al. 2021, §2.5): a batch's pictures are all different, one caption each."""
+
+    crop: Literal["near", "center"]  # nearly the whole picture, drawn anew each epoch; or always all of it
+    bpe_dropout: float = Field(0.0, ge=0, lt=1)
+    reconstructed: float = Field(
+        0.0, ge=0, le=1
+    )  # share of pictures seen through the dVAE, as candidates will be
+    frozen: Literal["nothing", "image"] = "nothing"  # image: only the text tower learns (Zhai et al. 2022)
+    half_of: str | None = None  # a field: train on those of its values whose hash is even; for a judge
+
+
+class CLIPShape(Config):
+    """CLIP's own sizes; the text tower's vocabulary and length follow from the tokenizer. See `CLIPConfig`."""
+
+    d_embed: int = Field(ge=1)
+    image_size: int = Field(ge=1)
+    image_tower: Literal["vit", "resnet"]
+    image_layers: int | tuple[int, int, int, int]
+    image_width: int = Field(ge=1)
+    patch_size: int | None = None
+    text_layers: int = Field(ge=1)
+    text_width: int = Field(ge=1)
+    activation: Literal["quick_gelu", "gelu"] = "gelu"
+    loss: Literal["infonce", "siglip"] = "infonce"
+
+
 class TransformerShape(Config):
     """The transformer's own sizes; vocabularies and grid follow from tokenizer and dVAE."""
 
@@ -84,6 +112,8 @@ class Recipe(Config):
     transformer: TransformerShape
     dvae_training: DVAETraining
     transformer_training: TransformerTraining
+    clip: CLIPShape | None = None  # with clip_training: a third stage, which ranks what is drawn
+    clip_training: CLIPTraining | None = None
     balance: Balance | None = None
     sampling: GenerationOptions = (
         GenerationOptions()
@@ -92,8 +122,10 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _lengths_agree(self) -> Self:
-        for training in (self.dvae_training, self.transformer_training):
-            if training.warmup_steps >= training.steps:
+        if (self.clip is None) != (self.clip_training is None):
+            raise ValueError("clip and clip_training belong together: give both or neither")
+        for training in (self.dvae_training, self.transformer_training, self.clip_training):
+            if training is not None and training.warmup_steps >= training.steps:
                 raise ValueError(f"warmup_steps {training.warmup_steps} must be below steps {training.steps}")
         return self
 
@@ -113,3 +145,9 @@ def transformer_config(
         grid_size=dvae.grid_size,
         n_image_vocab=dvae.n_codes,
     )
+
+
+def clip_config(shape: CLIPShape, n_text_vocab: int, n_text_tokens: int) -> CLIPConfig:
+    """The CLIP that reads `n_text_tokens` tokens of one of our tokenizers."""
+    sizes = shape.model_dump() | {"n_text_vocab": n_text_vocab, "n_text_tokens": n_text_tokens}
+    return CLIPConfig(**sizes, text_tokens="dalle")

@@ -1,4 +1,4 @@
-"""`dalle train`: tokenizer -> dVAE -> picture tokens -> transformer -> model folder, resumed by the same call.
+"""`dalle train`: tokenizer -> dVAE -> picture tokens -> transformer -> CLIP -> model folder, resumed by the same call.
 
 OUT/                 the model folder, complete when the last stage ends
 OUT/run/config.json  the recipe and what it was run on: a resume with anything else is refused
@@ -18,21 +18,24 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from dalle import weights
+from dalle.clip import CLIP
 from dalle.config import differences
 from dalle.data.pairs import BadSampleLog, PairSet, read_pairs
 from dalle.data.tokens import Crop, TokenStore, encode_pairs
 from dalle.dvae import DiscreteVAE
-from dalle.model_folder import check_fit, write_index
+from dalle.generation.rerank import Ranker
+from dalle.model_folder import check_fit, write_index, write_ranker_index
 from dalle.tokenizer import Tokenizer
 from dalle.training.card import write_card
+from dalle.training.clip import CLIPStage
 from dalle.training.dvae import DVAEStage
 from dalle.training.log import LINE_SECONDS
 from dalle.training.loop import Stage, train_stage
-from dalle.training.recipe import Recipe, transformer_config
+from dalle.training.recipe import Recipe, clip_config, transformer_config
 from dalle.training.transformer import Sequences, TransformerStage
 from dalle.transformer import Transformer
 
-STAGES = ("tokenizer", "dvae", "transformer")
+STAGES = ("tokenizer", "dvae", "transformer", "clip")
 logger = logging.getLogger(__name__)
 
 
@@ -87,23 +90,39 @@ def train(
         ) from None
     try:
         run = _prepare(data, out, recipe, init_from, device, dtype, quiet)
-        tokenizer = _tokenizer_stage(run)
-        if not {"dvae", "transformer"} & set(stages):
-            return out
+        _train(run, _with_settings(recipe, stages))
+        return out
+    finally:
+        lock.release()
+
+
+def _with_settings(recipe: Recipe, stages: tuple[str, ...]) -> tuple[str, ...]:
+    """The stages that the recipe has settings for; ValueError when that is none of those asked for."""
+    if recipe.clip is not None:
+        return stages
+    kept = tuple(stage for stage in stages if stage != "clip")
+    if not kept:
+        raise ValueError("stage clip needs the settings clip and clip_training, which this preset has not")
+    return kept
+
+
+def _train(run: Run, stages: tuple[str, ...]) -> None:
+    """Run the stages in their order, each with what it needs of those before."""
+    tokenizer, dvae = _tokenizer_stage(run), None
+    clip = run.recipe.clip_training if "clip" in stages else None
+    if {"dvae", "transformer"} & set(stages) or (clip is not None and clip.reconstructed > 0):
         if "dvae" not in stages and not _exists(run, "dvae"):
             raise ValueError(
-                f"stage transformer needs a dVAE, and {out} has none: add dvae to --stages, or give --init-from"
+                f"stage {stages[0]} needs a dVAE, and {run.out} has none: add dvae to --stages, or give --init-from"
             )
         if "transformer" in stages:
             _refuse_misfit(run, tokenizer)
         dvae = _dvae_stage(run)
-        if "transformer" not in stages:
-            return out
+    if "transformer" in stages and dvae is not None:
         _transformer_stage(run, tokenizer, dvae)
-        _finish(run)
-        return out
-    finally:
-        lock.release()
+    if clip is not None:
+        _clip_stage(run, tokenizer, dvae)
+    _finish(run)
 
 
 def _prepare(
@@ -167,14 +186,14 @@ def _init_identity(init_from: Path | None, out: Path) -> dict[str, str]:
         raise ValueError(
             f"--init-from {init_from} is --out as well, and would be overwritten: choose another --out"
         )
-    files = {"tokenizer": "tokenizer.json", "dvae": "model.safetensors", "transformer": "model.safetensors"}
+    files = {stage: "tokenizer.json" if stage == "tokenizer" else "model.safetensors" for stage in STAGES}
     found = {
         name: weights.file_sha256(init_from / name / file)
         for name, file in files.items()
         if (init_from / name / file).is_file()
     }
     if not found:
-        raise ValueError(f"--init-from {init_from}: holds no tokenizer, dvae or transformer folder")
+        raise ValueError(f"--init-from {init_from}: holds no tokenizer, dvae, transformer or clip folder")
     return found
 
 
@@ -358,6 +377,45 @@ def _transformer_stage(run: Run, tokenizer: Tokenizer, dvae: DiscreteVAE) -> Non
     _save(run, "transformer", model, _run_stage(run, stage, inputs), inputs)
 
 
+def _clip_stage(run: Run, tokenizer: Tokenizer, dvae: DiscreteVAE | None) -> None:
+    recipe, folder, given = run.recipe, run.out / "clip", _given(run, "clip")
+    assert recipe.clip is not None and recipe.clip_training is not None  # the recipe's validator said so
+    seen = run.out / "dvae" / "model.safetensors" if recipe.clip_training.reconstructed else None
+    inputs: dict[str, Any] = {
+        "model": recipe.clip.model_dump(mode="json"),
+        "training": recipe.clip_training.model_dump(mode="json"),
+        "seed": recipe.seed,
+        "tokenizer": tokenizer.fingerprint,
+        "dvae": weights.file_sha256(seen) if seen else None,
+        "data": run.pairs.fingerprint,
+    }
+    if given:
+        inputs |= {"model": {}, "given": weights.file_sha256(given / "model.safetensors")}
+    if _finished(run, "clip", inputs, _file_hash(folder / "model.safetensors")):
+        return
+    torch.manual_seed(recipe.seed)
+    model = (
+        CLIP.from_pretrained(given)
+        if given
+        else CLIP(clip_config(recipe.clip, tokenizer.n_vocab, tokenizer.max_tokens))
+    )
+    Ranker(model, tokenizer, str(given))  # refuses a given one that reads other tokens
+    if model.config.loss == "siglip" and not given:
+        model.set_bias_(recipe.clip_training.batch_size * recipe.clip_training.accumulation)
+    stage = CLIPStage(
+        model.to(device=run.device, dtype=torch.float32),
+        recipe.clip_training,
+        tokenizer,
+        dvae,
+        run.train,
+        run.held_out,
+        run.bad,
+        seed=recipe.seed,
+        balance=recipe.balance,
+    )
+    _save(run, "clip", model, _run_stage(run, stage, inputs), inputs)
+
+
 def _encode(run: Run, dvae: DiscreteVAE) -> list[TokenStore]:
     """All pictures as tokens, as often as the recipe says; held-out ones are looked at in the first encoding."""
     training, seed = run.recipe.transformer_training, run.recipe.seed
@@ -405,6 +463,13 @@ def sequences(stores: list[TokenStore], pairs: list[Any]) -> Sequences:
 
 
 def _finish(run: Run) -> None:
-    """Write the card, model_index.json and, last, the manifest: the folder is a model from then on."""
-    write_card(run.out, run.recipe, run.data, run.pairs, run.init_from)
-    write_index(run.out, run.recipe.sampling)
+    """Write the card, model_index.json and, last, the manifest: the folder is a model from then on.
+
+    Without a transformer, a CLIP and its tokenizer are a ranker.
+    """
+    done = _records(run)
+    if "transformer" in done:
+        write_card(run.out, run.recipe, run.data, run.pairs, run.init_from)
+        write_index(run.out, run.recipe.sampling)
+    elif "clip" in done:
+        write_ranker_index(run.out)
