@@ -328,9 +328,7 @@ class CLIP(nn.Module):
             raise ValueError(
                 f"images have shape {tuple(images.shape)}; CLIP reads squares (batch, 3, side, side)"
             )
-        if images.shape[-1] == side:
-            return images
-        return F.interpolate(images, size=(side, side), mode="bicubic", antialias=True).clamp(0, 1)
+        return resized(images, side)
 
     def normalize_images(self, images: Tensor) -> Tensor:
         """Square images (B, 3, side, side) in [0, 1] as the image tower reads them."""
@@ -400,6 +398,13 @@ class CLIP(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors to a component folder."""
         save_component(Path(folder), self.config, self.state_dict())
+
+
+def resized(images: Tensor, side: int) -> Tensor:
+    """Square images (B, 3, H, H) in [0, 1] at (side, side): bicubic, antialiased; themselves at the right size."""
+    if images.shape[-1] == side:
+        return images
+    return F.interpolate(images, size=(side, side), mode="bicubic", antialias=True).clamp(0, 1)
 
 
 def infonce_loss(image_vectors: Tensor, text_vectors: Tensor, scale: Tensor) -> Tensor:

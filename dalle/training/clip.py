@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from dalle import images
-from dalle.clip import CLIP
+from dalle.clip import CLIP, resized
 from dalle.data.pairs import BadSampleLog, Pair
 from dalle.dvae import DiscreteVAE
 from dalle.evaluation.protocols import first_captions
@@ -26,7 +25,7 @@ from dalle.training.contrastive import cached_backward, gathered_loss
 from dalle.training.order import Order, rng
 from dalle.training.pictures import Member, Pictures, load_all
 from dalle.training.recipe import Balance, CLIPTraining
-from dalle.training.transformer import fitting_captions
+from dalle.training.transformer import encode_caption, fitting_captions
 
 CHUNK = 64  # held-out pictures encoded at once
 SHEET_CAPTIONS = 16
@@ -93,11 +92,7 @@ class CLIPStage:
         generator = rng(self.seed, "caption", epoch, self.train[index].key)
         captions = self.captions[index]
         caption = captions[int(generator.integers(len(captions)))]
-        try:
-            ids = self.tokenizer.encode(caption, dropout=self.settings.bpe_dropout, rng=generator)
-        except ValueError:  # dropout lengthens
-            ids = self.tokenizer.encode(caption, truncate=True)
-        return self.tokenizer.pad(ids)
+        return encode_caption(self.tokenizer, caption, self.settings.bpe_dropout, generator)
 
     @torch.no_grad()
     def _through_dvae(self, members: list[Member], pictures: Tensor) -> Tensor:
@@ -111,9 +106,9 @@ class CLIPStage:
         if not rows or self.dvae is None:
             return pictures
         side, size = self.dvae.config.image_size, pictures.shape[-1]
-        chosen = _resized(pictures[rows], side).to(next(self.dvae.parameters()).device)
+        chosen = resized(pictures[rows], side).to(next(self.dvae.parameters()).device)
         changed = pictures.clone()
-        changed[rows] = _resized(self.dvae.reconstruct(chosen).float().cpu(), size)
+        changed[rows] = resized(self.dvae.reconstruct(chosen).float().cpu(), size)
         return changed
 
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -188,9 +183,3 @@ class CLIPStage:
 def is_even(pair: Pair, field: str) -> bool:
     """Whether a pair belongs to the half of the data that the hash of one of its fields draws."""
     return hashlib.sha256(str(pair.fields.get(field)).encode()).digest()[0] % 2 == 0
-
-
-def _resized(pictures: Tensor, side: int) -> Tensor:
-    if pictures.shape[-1] == side:
-        return pictures
-    return F.interpolate(pictures, size=(side, side), mode="bicubic", antialias=True).clamp(0, 1)

@@ -84,11 +84,7 @@ class TransformerStage:
         caption = captions[int(generator.integers(len(captions)))]
         if generator.random() < self.settings.caption_dropout:
             return self.tokenizer.pad([])
-        try:
-            ids = self.tokenizer.encode(caption, dropout=self.settings.bpe_dropout, rng=generator)
-        except ValueError:  # dropout lengthens: a caption must not lose its end to it
-            ids = self.tokenizer.encode(caption, truncate=True)
-        return self.tokenizer.pad(ids)
+        return encode_caption(self.tokenizer, caption, self.settings.bpe_dropout, generator)
 
     def loss(self, batch: tuple[Tensor, Tensor], step: int, number: int) -> tuple[Tensor, dict[str, Tensor]]:
         """1/8 text + 7/8 image cross-entropy of a micro-batch, nats per token."""
@@ -109,6 +105,17 @@ class TransformerStage:
         text, image = self._held_out(self.sheet_members)
         drawn = Engine(self.model).generate(text.to(self.device), range(len(text)), self.sampling)
         return pairs_sheet(decode(self.dvae, image.view(drawn.shape)), decode(self.dvae, drawn))
+
+
+def encode_caption(
+    tokenizer: Tokenizer, caption: str, dropout: float, generator: np.random.Generator
+) -> np.ndarray:
+    """A padded caption (T,) int64 with BPE dropout; one that fits only without dropout is encoded without it."""
+    try:
+        ids = tokenizer.encode(caption, dropout=dropout, rng=generator)
+    except ValueError:  # dropout lengthens: a caption must not lose its end to it
+        ids = tokenizer.encode(caption, truncate=True)
+    return tokenizer.pad(ids)
 
 
 def fitting_captions(pairs: list[Pair], tokenizer: Tokenizer) -> tuple[list[tuple[str, ...]], int]:
