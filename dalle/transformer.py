@@ -93,6 +93,24 @@ class Losses(NamedTuple):
     image: Tensor
 
 
+class StreamDropout(nn.Module):
+    """Dropout with one mask for all slots of a stream, which costs nothing; off until `share` is set.
+
+    Source: Gal and Ghahramani 2016, "A Theoretically Grounded Application of Dropout". The paper names none;
+    Child et al. 5.2 drop on small data.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.share = 0.0  # of the channels, 0..1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drops channels in training and scales up the others, (B, S, C) -> (B, S, C)."""
+        if not self.training or self.share == 0:
+            return x
+        return x * F.dropout(x.new_ones(len(x), 1, x.shape[2]), self.share)
+
+
 class AttentionResblock(nn.Module):
     """x + W_out attention(LN(x)): one of the 2 * n_layers resblocks of the paper (figure 4)."""
 
@@ -103,6 +121,7 @@ class AttentionResblock(nn.Module):
         # settled: every linear map has a bias, as in GPT-2; appendix D lists biases but not which.
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model)
         self.out = nn.Linear(config.d_model, config.d_model)
+        self.dropout = StreamDropout()
 
     def forward(self, x: Tensor) -> Tensor:
         """Runs the whole stream, (B, S, C) -> (B, S, C)."""
@@ -125,7 +144,7 @@ class AttentionResblock(nn.Module):
 
     def _add(self, x: Tensor, attended: Tensor) -> Tensor:
         branch: Tensor = self.out(attended.transpose(1, 2).flatten(2))  # (B, S, C)
-        return x + branch
+        return x + cast(Tensor, self.dropout(branch))
 
 
 class MLPResblock(nn.Module):
@@ -136,21 +155,21 @@ class MLPResblock(nn.Module):
         self.norm = nn.LayerNorm(config.d_model, eps=LAYER_NORM_EPS)
         self.expand = nn.Linear(config.d_model, 4 * config.d_model)
         self.contract = nn.Linear(4 * config.d_model, config.d_model)
+        self.dropout = StreamDropout()
 
     def forward(self, x: Tensor) -> Tensor:
         """Runs any slots, (B, S, C) -> (B, S, C)."""
         branch: Tensor = self.expand(self.norm(x))  # (B, S, 4 C)
         # settled: GELU as x * sigmoid(1.702 x), Child et al. 5.2; silu(x) is x * sigmoid(x) in one kernel.
         branch = self.contract(F.silu(1.702 * branch) / 1.702)  # (B, S, C)
-        return x + branch
+        return x + cast(Tensor, self.dropout(branch))
 
 
 class Layer(nn.Module):
     """An attention resblock, then an MLP resblock, both pre-LN.
 
     settled: in sequence, H + a + ff(LN(H + a)), which is also what Child et al. 5.2 write: their b = ff(LN(H
-    + a)) sees the attention's output, and H + a + b is the plain sequential sum. There is no dropout: the
-    paper names none.
+    + a)) sees the attention's output, and H + a + b is the plain sequential sum.
     """
 
     def __init__(self, config: TransformerConfig, plan: AttentionPlan) -> None:
@@ -237,12 +256,13 @@ class Transformer(nn.Module):
         x = self.norm(x)
         return _logits(self.text_head, x[:, :n_text]), _logits(self.image_head, x[:, n_text:])
 
-    def loss(self, text: Tensor, image: Tensor) -> Losses:
+    def loss(self, text: Tensor, image: Tensor, read: Tensor | None = None) -> Losses:
         """Gives the joint cross-entropy of a batch in nats per token; arguments and errors as `forward`.
 
+        With `read` (B, N) the model reads those image tokens, and has to tell those of `image` all the same.
         settled: pads are targets like other text tokens, as in other re-implementations. Source: section 2.2.
         """
-        text_logits, image_logits = self(text, image)
+        text_logits, image_logits = self(text, image if read is None else read)
         text_loss = F.cross_entropy(text_logits.flatten(0, 1), text.flatten())
         image_loss = F.cross_entropy(image_logits.flatten(0, 1), image.flatten())
         return Losses(TEXT_WEIGHT * text_loss + IMAGE_WEIGHT * image_loss, text_loss, image_loss)
@@ -282,6 +302,12 @@ class Transformer(nn.Module):
             x = layer.mlp(x)
         cache.n_image_tokens += 1
         return _logits(self.image_head, self.norm(x[:, -1]))
+
+    def set_dropout(self, share: float) -> None:
+        """Sets the share (0..1) of each resblock's output channels that training drops; 0 until set."""
+        for module in self.modules():
+            if isinstance(module, StreamDropout):
+                module.share = share
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors to `folder`."""

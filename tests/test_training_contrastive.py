@@ -80,6 +80,7 @@ def one_process(rank: int, n_processes: int, folder: str, name: str) -> None:
         dist.all_reduce(gradient)
         gradient /= n_processes
     torch.save(gradients, f"{folder}/{rank}.pt")
+    dist.barrier()  # nobody leaves while another still talks to it
     dist.destroy_process_group()
 
 

@@ -26,6 +26,8 @@ SETTINGS = [
     "transformer_training.sheet_every=4",
     "transformer_training.warmup_steps=2",
     "transformer_training.batch_size=4",
+    "transformer_training.dropout=0.1",
+    "transformer_training.token_noise=0.1",
     "tokenizer.vocab_size=300",
 ]
 

@@ -17,9 +17,10 @@ from dalle.dvae import DiscreteVAE
 from dalle.generation.options import GenerationOptions
 from dalle.tokenizer import Tokenizer
 from dalle.training.dvae import DVAEStage
+from dalle.training.order import rng
 from dalle.training.recipe import Recipe, transformer_config
 from dalle.training.transformer import Sequences, TransformerStage, fitting_captions
-from dalle.transformer import Transformer
+from dalle.transformer import Losses, Transformer
 
 N_TRAIN, N_HELD_OUT = 18, 6
 SMALL = (
@@ -340,3 +341,37 @@ def test_the_loss_is_an_eighth_text_and_seven_eighths_image() -> None:
         total, parts = stage.loss(stage.batch(0), 0, 0)
     expected = parts["text_loss"] / 8 + parts["image_loss"] * 7 / 8
     assert float(total) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_noise_replaces_its_share_of_the_tokens_read_by_seed_and_number_and_never_a_target() -> None:
+    stage = transformer_stage("transformer_training.token_noise=0.25", "transformer_training.dropout=0.2")
+    image = stage.batch(0)[1].repeat(100, 1)
+    seen = [stage._disturbed(image, rng(0, "noise", number)) for number in (3, 3, 4)]
+    assert seen[0] is not None and seen[1] is not None and seen[2] is not None
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
+    share = float((seen[0] != image).float().mean())
+    kept_by_luck = 1 / stage.model.config.n_image_vocab
+    assert share == pytest.approx(0.25 * (1 - kept_by_luck), abs=0.02)
+    calls: list[tuple[Tensor, Tensor]] = []
+    losses = stage.model.loss
+
+    def spy(text: Tensor, image: Tensor, read: Tensor | None = None) -> Losses:
+        assert read is not None
+        calls.append((image, read))
+        return losses(text, image, read)
+
+    stage.model.loss = spy  # type: ignore[method-assign]
+    batch = stage.batch(0)
+    stage.model.train()
+    first, again = (float(stage.loss(batch, 0, 5)[0].detach()) for _ in range(2))
+    other = float(stage.loss(batch, 0, 6)[0].detach())
+    assert first == again != other
+    assert all(torch.equal(target, batch[1]) and not torch.equal(read, target) for target, read in calls)
+
+
+def test_without_noise_and_dropout_the_loss_is_the_models_own() -> None:
+    stage = transformer_stage()
+    text, image = stage.batch(0)
+    stage.model.train()
+    assert stage._disturbed(image, rng(0)) is None
+    torch.testing.assert_close(stage.loss((text, image), 0, 0)[0], stage.model.loss(text, image).total)

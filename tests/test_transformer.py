@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dalle.attention import LAYER_KINDS, allowed_image_keys
 from dalle.config import validate
-from dalle.transformer import Transformer, TransformerConfig, _logits
+from dalle.transformer import StreamDropout, Transformer, TransformerConfig, _logits
 
 N_TEXT, N_VOCAB, GRID, N_CODES = 5, 20, 4, 30
 TREE = {
@@ -327,3 +327,23 @@ def test_saved_models_load_bit_equal(tmp_path: Path) -> None:
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
     text, image = batch()
     assert torch.equal(loaded(text, image)[1], model(text, image)[1])
+
+
+def test_dropout_takes_whole_channels_of_a_row_in_training_alone() -> None:
+    dropout = StreamDropout()
+    x = torch.ones(40, 7, 50)
+    assert torch.equal(dropout(x), x)  # off until set
+    dropout.share = 0.25
+    dropped = dropout(x)
+    assert torch.equal(dropped, dropped[:, :1].expand_as(x))  # one mask for all slots
+    torch.testing.assert_close(dropped.unique(), torch.tensor([0.0, 1 / 0.75]))
+    assert float((dropped == 0).float().mean()) == pytest.approx(0.25, abs=0.03)
+    assert torch.equal(dropout.eval()(x), x)
+
+
+def test_dropout_is_off_until_set_and_then_in_every_resblock() -> None:
+    model = Transformer(small_config("row", "conv"))
+    found = [module for module in model.modules() if isinstance(module, StreamDropout)]
+    assert len(found) == 2 * model.config.n_layers and all(module.share == 0 for module in found)
+    model.set_dropout(0.3)
+    assert all(module.share == 0.3 for module in found)

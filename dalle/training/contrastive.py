@@ -9,7 +9,7 @@ Shapes: n pairs of a micro-batch or process, N pairs of all, E width of the embe
 """
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -67,12 +67,24 @@ def gathered_loss(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor | N
 
 
 def _gather(vectors: Tensor) -> Tensor:
-    from torch.distributed._functional_collectives import all_gather_tensor_autograd
+    gathered: Tensor = _Gather.apply(vectors)  # type: ignore[no-untyped-call]
+    return gathered
 
-    return cast(Tensor, all_gather_tensor_autograd(vectors.contiguous(), 0, _everybody()))
 
+class _Gather(torch.autograd.Function):
+    """Everybody's rows, (n, E) -> (N, E), by collectives that end before they return.
 
-def _everybody() -> dist.ProcessGroup:
-    group = dist.group.WORLD
-    assert group is not None  # whoever gathers has called init_process_group
-    return group
+    PyTorch's own functional gather leaves work to threads that can outlive the process group.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, vectors: Tensor) -> Tensor:
+        parts = [torch.empty_like(vectors) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, vectors.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Tensor:
+        total = cotangents[0].clone(memory_format=torch.contiguous_format)  # (N, E)
+        dist.all_reduce(total)
+        return total.chunk(dist.get_world_size())[dist.get_rank()]

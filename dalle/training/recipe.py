@@ -57,6 +57,10 @@ class TransformerTraining(Optimization):
     n_encodings: int = Field(1, ge=1)
     bpe_dropout: float = Field(ge=0, lt=1)  # paper 0.1
     caption_dropout: float = Field(ge=0, lt=1)  # share of empty captions, for guidance; paper: none
+    # For data that are seen many times; paper: neither. Of each resblock's output channels (`StreamDropout`), and
+    # of the image tokens read, which become any others (1 - pkeep of Esser et al. 2021, "Taming Transformers").
+    dropout: float = Field(0.0, ge=0, lt=1)
+    token_noise: float = Field(0.0, ge=0, lt=1)
 
 
 class CLIPTraining(Optimization):

@@ -58,6 +58,7 @@ class TransformerStage:
         self.tokenizer, self.dvae, self.sampling = tokenizer, dvae, sampling
         self.train, self.held_out = train, held_out
         self.device = next(model.parameters()).device
+        model.set_dropout(settings.dropout)
         self.order = Order(train.pairs, seed, balance)
         self.captions, self.n_truncated = fitting_captions(train.pairs, tokenizer)
         self.validation_members = spread(range(len(held_out.pairs)), settings.n_validation)
@@ -88,8 +89,19 @@ class TransformerStage:
 
     def loss(self, batch: tuple[Tensor, Tensor], step: int, number: int) -> tuple[Tensor, dict[str, Tensor]]:
         """1/8 text + 7/8 image cross-entropy of a micro-batch, nats per token."""
-        losses = self.model.loss(*batch)
+        text, image = batch
+        generator = rng(self.seed, "noise", number)
+        torch.manual_seed(int(generator.integers(2**63)))  # dropout draws from the global generator
+        losses = self.model.loss(text, image, self._disturbed(image, generator))
         return losses.total, {"text_loss": losses.text.detach(), "image_loss": losses.image.detach()}
+
+    def _disturbed(self, image: Tensor, generator: np.random.Generator) -> Tensor | None:
+        """The image tokens (B, N) with some of them replaced; None when the recipe replaces none."""
+        if self.settings.token_noise == 0:
+            return None
+        is_replaced = torch.from_numpy(generator.random(image.shape) < self.settings.token_noise)
+        others = torch.from_numpy(generator.integers(self.model.config.n_image_vocab, size=image.shape))
+        return torch.where(is_replaced.to(image.device), others.to(image.device), image)
 
     def _held_out(self, members: list[int]) -> tuple[Tensor, Tensor]:
         """First captions (M, T) and image tokens (M, N) of held-out pairs."""
