@@ -432,10 +432,10 @@ def classify(
 
 @app.command(name="import")
 def import_checkpoint(
-    kind: Annotated[str, typer.Argument(help="openai-dvae, hf-clip or open-clip.")],
+    kind: Annotated[str, typer.Argument(help="openai-dvae, openai-clip, hf-clip or open-clip.")],
     files: Annotated[
         list[Path],
-        typer.Argument(help="encoder.pkl decoder.pkl; FOLDER; or FOLDER bpe_simple_vocab_16e6.txt.gz."),
+        typer.Argument(help="encoder.pkl decoder.pkl; FILE.pt VOCAB.txt.gz; FOLDER; or FOLDER VOCAB.txt.gz."),
     ],
     out: Annotated[Path, typer.Option(help="Model folder to write.")],
     allow_pickle: Annotated[
@@ -445,29 +445,37 @@ def import_checkpoint(
 ) -> None:
     """Turn other people's checkpoints into a model folder."""
     _log_to_stderr(as_json)
+    from dalle.importers.openai_clip import import_openai_clip
     from dalle.importers.openai_dvae import import_openai_dvae
     from dalle.importers.published_clip import import_huggingface_clip, import_open_clip
 
-    wanted = {
-        "openai-dvae": "two files, encoder.pkl and decoder.pkl",
-        "hf-clip": "one folder of a transformers CLIPModel",
-        "open-clip": "a folder of open_clip and OpenAI's bpe_simple_vocab_16e6.txt.gz",
+    kinds: dict[str, tuple[Any, str, int, bool]] = {  # its importer, what it takes, how many, and if pickled
+        "openai-dvae": (import_openai_dvae, "encoder.pkl and decoder.pkl", 2, True),
+        "openai-clip": (
+            import_openai_clip,
+            "an archive such as ViT-B-32.pt and bpe_simple_vocab_16e6.txt.gz",
+            2,
+            True,
+        ),
+        "hf-clip": (import_huggingface_clip, "the folder of a transformers CLIPModel", 1, False),
+        "open-clip": (
+            import_open_clip,
+            "a folder of open_clip and OpenAI's bpe_simple_vocab_16e6.txt.gz",
+            2,
+            False,
+        ),
     }
-    if kind not in wanted:
-        raise ValueError(f"import kind {kind!r} is unknown: use {', '.join(wanted)}")
-    if len(files) != (1 if kind == "hf-clip" else 2):
-        raise ValueError(f"{kind} takes {wanted[kind]}; got {len(files)}")
-    if kind == "hf-clip":
-        import_huggingface_clip(files[0], out)
-    elif kind == "open-clip":
-        import_open_clip(files[0], files[1], out)
-    elif not allow_pickle:
+    if kind not in kinds:
+        raise ValueError(f"import kind {kind!r} is unknown: use {', '.join(kinds)}")
+    run, wanted, n_files, is_pickled = kinds[kind]
+    if len(files) != n_files:
+        raise ValueError(f"{kind} takes {wanted}; got {len(files)} files")
+    if is_pickled and not allow_pickle:
         raise ValueError(
-            "these files are pickles: pass --allow-pickle to read their tensors through a restricted class list "
+            f"{kind} files are pickles: pass --allow-pickle to read their tensors through a restricted class list "
             "(no code in them is run)"
         )
-    else:
-        import_openai_dvae(files[0], files[1], out)
+    run(*files, out)
     _print_folder(out, as_json)
 
 

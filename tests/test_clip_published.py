@@ -1,9 +1,12 @@
 """Published CLIPs, written by the packages that publish them, give the same numbers here."""
 
+import copy
 import importlib
 import importlib.util
 import json
 import os
+import warnings
+import zipfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,8 +16,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from dalle.clip import CLIP
+from dalle.clip import CLIP, OPENAI_MEAN
 from dalle.clip_tokenizer import CLIPTokenizer
+from dalle.importers.openai_clip import import_openai_clip, read_state
 from dalle.importers.published_clip import config_of, import_huggingface_clip, import_open_clip
 from dalle.weights import load_strict, verify_manifest
 
@@ -165,6 +169,96 @@ def test_open_clips_folder_is_read_with_its_own_settings(
     with torch.no_grad():
         expected = theirs(images, text)[0]
     torch.testing.assert_close(ours(raw(ours, images), text), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def archives(
+    openais_model: ModuleType, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[nn.Module, Path]]:
+    """Random ResNets and ViTs of OpenAI's code in their release layout: TorchScript, half precision, three sizes."""
+    folder = tmp_path_factory.mktemp("archives")
+    made = {}
+    for name, layers, width, patch in (("RN", (1, 1, 1, 1), 32, None), ("ViT", 2, 64, 16)):
+        torch.manual_seed(0)
+        model = stir(openais_model.CLIP(24, 64, layers, width, patch, 77, 49408, 64, 1, 1))
+        halved = copy.deepcopy(model)
+        for size in ("input_resolution", "context_length", "vocab_size"):
+            for owner in (halved, halved.visual):  # the towers have attributes of these names
+                owner.__dict__.pop(size, None)
+            halved.register_buffer(size, torch.tensor(64))
+        example = (torch.zeros(1, 3, 64, 64), tokens(49408, 49407))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            traced = torch.jit.trace(halved, example, check_trace=False)
+            openais_model.convert_weights(halved)
+            torch.jit.save(traced, folder / f"{name}.pt")
+        made[name] = (halved.float().eval(), folder / f"{name}.pt")
+    return made
+
+
+@pytest.mark.parametrize("name", ["RN", "ViT"])
+def test_openais_archives_give_their_own_logits(
+    archives: dict[str, tuple[nn.Module, Path]], merges: Path, tmp_path: Path, name: str
+) -> None:
+    theirs, path = archives[name]
+    import_openai_clip(path, merges, tmp_path / "out")
+    verify_manifest(tmp_path / "out")
+    ours = CLIP.from_pretrained(tmp_path / "out" / "clip")
+    assert (ours.config.activation, ours.config.image_mean) == ("quick_gelu", OPENAI_MEAN)
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    text = tokens(49408, 49407)
+    with torch.no_grad():
+        expected = theirs(images, text)[0]
+    torch.testing.assert_close(ours(raw(ours, images), text), expected, rtol=1e-4, atol=1e-4)
+    torch.save(theirs.state_dict(), tmp_path / "finetuned.pt")
+    found = read_state(tmp_path / "finetuned.pt")
+    assert (
+        found.keys()
+        == read_state(path).keys()
+        == theirs.state_dict().keys()
+        - {
+            "input_resolution",
+            "context_length",
+            "vocab_size",
+        }
+    )
+
+
+def test_the_code_of_an_archive_is_never_run(
+    archives: dict[str, tuple[nn.Module, Path]], merges: Path, tmp_path: Path
+) -> None:
+    _, path = archives["ViT"]
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "spoilt.pt", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, b"raise SystemExit" if name.endswith(".py") else old.read(name))
+    import_openai_clip(tmp_path / "spoilt.pt", merges, tmp_path / "out")
+    assert (tmp_path / "out" / "clip" / "model.safetensors").is_file()
+
+
+class Shell:
+    """Pickles as a call of os.system."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, (self.command,)
+
+
+def test_archives_that_call_or_are_something_else_are_refused(merges: Path, tmp_path: Path) -> None:
+    trace, path = tmp_path / "it-ran", tmp_path / "x.pt"
+    for payload, message in (
+        ({"visual.proj": Shell(f"touch {trace}")}, r"names posix\.system, which no OpenAI CLIP does"),
+        ([torch.zeros(2)], "holds a list; expected OpenAI's CLIP"),
+        ({"weight": torch.zeros(2)}, "holds no CLIP with OpenAI's towers"),
+    ):
+        torch.save(payload, path)
+        with pytest.raises(ValueError, match=message):
+            import_openai_clip(path, merges, tmp_path / "out")
+    path.write_bytes(b"<html>404</html>")
+    with pytest.raises(ValueError, match=r"is not a file of torch\.save, or is damaged"):
+        import_openai_clip(path, merges, tmp_path / "out")
+    assert not trace.exists() and not (tmp_path / "out").exists()
 
 
 def test_a_folder_of_another_model_is_refused(tmp_path: Path) -> None:

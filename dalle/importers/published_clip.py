@@ -41,7 +41,6 @@ HUGGINGFACE_NAMES = (  # theirs -> OpenAI's, in this order
     (r"\.mlp\.fc2\.", ".mlp.c_proj."),
 )
 TRANSPOSED = ("visual.proj", "text_projection")  # linear layers there, bare matrices here
-SIZES_STORED_AS_TENSORS = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's archives
 
 
 def import_huggingface_clip(folder: Path, out: Path) -> None:
