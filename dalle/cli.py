@@ -151,6 +151,7 @@ def generate(
     pipe = DallePipeline.from_pretrained(model, dtype=dtype, device=place)
     chosen = None if ranker is None else Ranker.from_pretrained(model_folder(ranker))
     if chosen is not None:
+        chosen.name = str(ranker)
         chosen.clip.to(place)
     picture = images.open_image(image) if image is not None else None
     if out.exists() and not out.is_dir():
@@ -318,21 +319,35 @@ def evaluate(
         int | None, typer.Option(help="At most this many pictures a split, spread evenly.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    probe: Annotated[
+        str, typer.Option(help="Field of the data that a linear probe on CLIP's vectors tells pictures by.")
+    ] = "group",
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a model on held-out pictures: figures to evaluation.json, sheets to PNG."""
+    """Measure a model, or a CLIP alone, on held-out pictures: figures to evaluation.json, sheets to PNG."""
     _log_to_stderr(as_json)
     from dalle.data.pairs import read_pairs
     from dalle.evaluation.report import evaluate as run
+    from dalle.evaluation.report import evaluate_ranker
+    from dalle.generation.rerank import Ranker
+    from dalle.model_folder import is_ranker, model_folder
     from dalle.pipeline import DallePipeline
 
     pairs = read_pairs(data)
     pairs.require_mostly_good()
-    pipe = DallePipeline.from_pretrained(None if model == "bundled" else model, device=_device(device))
+    source = None if model == "bundled" else model
+    folder, place = model_folder(source), _device(device)
     chosen = tuple(part.strip() for part in splits.split(",")) if splits else None
     with _rows_bar("evaluating", as_json) as progress:
-        figures = run(pipe, pairs, out, splits=chosen, limit=limit, seed=seed, progress=progress)
+        settings: dict[str, Any] = {"splits": chosen, "limit": limit, "probe": probe, "progress": progress}
+        if is_ranker(folder):
+            judge = Ranker.from_pretrained(folder)
+            judge.clip.to(place)
+            figures = evaluate_ranker(judge, pairs, out, **settings)
+        else:
+            pipe = DallePipeline.from_pretrained(source, device=place)
+            figures = run(pipe, pairs, out, seed=seed, **settings)
     if as_json:
         _print_json(figures)
     else:

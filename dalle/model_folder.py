@@ -60,6 +60,13 @@ def write_ranker_index(folder: Path) -> None:
     write_manifest(folder, _files_to_verify(folder))
 
 
+def is_ranker(folder: Path) -> bool:
+    """Whether a folder holds a CLIP and no pipeline, as `write_ranker_index` leaves it."""
+    path = folder / "model_index.json"
+    index = read_json(path) if path.is_file() else None
+    return isinstance(index, dict) and index.get("_class_name") == "CLIP"
+
+
 def bundled_folder() -> Path:
     """Where the model that ships in the package lies."""
     return Path(str(importlib.resources.files("dalle") / "bundled"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import platform
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -129,9 +130,11 @@ class DallePipeline:
             DiscreteVAE.from_pretrained(folder / "dvae").eval(),
             Transformer.from_pretrained(folder / "transformer").eval(),
             defaults,
-            Ranker.from_pretrained(folder) if (folder / "clip").is_dir() else None,
+            Ranker.from_verified(folder) if (folder / "clip").is_dir() else None,
         )
         pipe.name = "bundled" if source is None else str(source)
+        if pipe.ranker is not None:
+            pipe.ranker.name = pipe.name
         pipe._folder, pipe._model_sha256 = folder, file_sha256(folder / "manifest.json")
         return pipe.to(device, dtype)
 
@@ -156,6 +159,12 @@ class DallePipeline:
     def components(self) -> dict[str, Tokenizer | nn.Module]:
         """The parts by name, as the constructor takes them."""
         return {"tokenizer": self.tokenizer, "dvae": self.dvae, "transformer": self.transformer}
+
+    def load_judge(self) -> Ranker | None:
+        """The second CLIP of the model folder, which only evaluations ask; None where there is none."""
+        if self._folder is None or not (self._folder / "judge").is_dir():
+            return None
+        return Ranker.from_verified(self._folder, "judge")
 
     @property
     def device(self) -> torch.device:
@@ -219,6 +228,9 @@ class DallePipeline:
         self.transformer.save_pretrained(folder / "transformer")
         if self.ranker is not None:
             self.ranker.save_pretrained(folder)
+        judge = None if self._folder is None else self._folder / "judge"
+        if judge is not None and judge.is_dir() and judge.resolve() != (folder / "judge").resolve():
+            shutil.copytree(judge, folder / "judge", dirs_exist_ok=True)
         card = None if self._folder is None else self._folder / "README.md"
         if card is not None and card.is_file() and card.resolve() != (folder / "README.md").resolve():
             write_bytes(folder / "README.md", card.read_bytes())
@@ -330,6 +342,8 @@ class DallePipeline:
                 model_sha256=self.model_sha256,
                 score=score,
                 rank=rank,
+                ranker=None if ranker is None else ranker.name,
+                ranker_sha256=None if ranker is None else ranker.sha256,
             ).model_dump(mode="json")
             for row, (score, rank) in kept.items()
         ]

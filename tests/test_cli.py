@@ -24,12 +24,9 @@ from PIL import Image
 from dalle import images, weights
 from dalle.cli import main
 from dalle.data.shapes import write_shapes
-from dalle.dvae import DiscreteVAE, DVAEConfig
 from dalle.pipeline import DallePipeline
-from dalle.tokenizer import Tokenizer, TokenizerConfig
-from dalle.transformer import Transformer, TransformerConfig
+from tests.tiny import GRID, tiny_pipe
 
-N_TEXT, GRID, N_CODES = 12, 4, 64
 MICRO = [
     part
     for setting in [
@@ -96,32 +93,8 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder of random weights; tests that damage it take a copy."""
-    torch.manual_seed(0)
-    config = TokenizerConfig(vocab_size=360, max_tokens=N_TEXT, space_tokens=False)
-    tokenizer = Tokenizer.train(["a red circle", "a blue square"], config)
-    dvae = DVAEConfig(
-        image_size=8 * GRID,
-        n_codes=N_CODES,
-        quantizer="fsq",
-        fsq_levels=(4, 4, 4),
-        trunk="light",
-        likelihood="mse_l1",
-        d_hidden=8,
-        d_code=8,
-        n_blocks=1,
-    )
-    shape = TransformerConfig(
-        n_layers=1,
-        n_heads=2,
-        d_head=8,
-        n_text_tokens=N_TEXT,
-        n_text_vocab=tokenizer.n_vocab,
-        grid_size=GRID,
-        n_image_vocab=N_CODES,
-        layers=("row",),
-    )
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    DallePipeline(tokenizer, DiscreteVAE(dvae), Transformer(shape)).save_pretrained(folder)
+    tiny_pipe(["a red circle", "a blue square"]).save_pretrained(folder)
     return folder
 
 

@@ -9,34 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
-from dalle.clip import CLIP, CLIPConfig
-from dalle.config import validate
-from dalle.tokenizer import Tokenizer, TokenizerConfig
-from dalle.weights import write_manifest
+from dalle.model_folder import write_ranker_index
+from tests.tiny import tiny_clip, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder whose CLIP is trained for some updates on plain red and blue squares."""
     out = tmp_path_factory.mktemp("ranker")
-    config = TokenizerConfig(vocab_size=360, max_tokens=12, space_tokens=False)
-    tokenizer = Tokenizer.train(["red", "blue"] * 3, config)
-    settings = {
-        "d_embed": 8,
-        "image_size": 16,
-        "image_tower": "vit",
-        "image_layers": 1,
-        "image_width": 64,
-        "patch_size": 8,
-        "n_text_tokens": 12,
-        "n_text_vocab": tokenizer.n_vocab,
-        "text_layers": 1,
-        "text_width": 64,
-        "text_tokens": "dalle",
-        "activation": "gelu",
-    }
-    torch.manual_seed(0)
-    model = CLIP(validate(CLIPConfig, settings, "test"))
+    tokenizer = tiny_tokenizer(["red", "blue"] * 3, n_text=12)
+    model = tiny_clip(tokenizer, seed=0).train()
     text = torch.stack([torch.from_numpy(tokenizer.pad(tokenizer.encode(word))) for word in ("red", "blue")])
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(60):
@@ -49,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         optimizer.step()
     model.save_pretrained(out / "clip")
     tokenizer.save_pretrained(out / "tokenizer")
-    write_manifest(out)
+    write_ranker_index(out)
     return out
 
 
@@ -95,6 +77,25 @@ def test_generate_keeps_the_best_candidates_by_the_given_ranker(folder: Path, tm
     ]
     missing = run("generate", "red", *options[:4], "--ranker", tmp_path, "--out", tmp_path / "none")
     assert missing.returncode == 2 and "has no clip" in missing.stderr and not (tmp_path / "none").exists()
+
+
+def test_a_clip_alone_is_evaluated_on_held_out_pictures(folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = []
+    for i in range(24):
+        colour, split = ("red", "blue")[i % 2], "train" if i < 16 else "test"
+        Image.new("RGB", (16, 16), colour).save(data / f"{i}.png")
+        rows.append({"file_name": f"{i}.png", "captions": [colour], "split": split, "hue": colour})
+    (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = ["--probe", "hue", "--out", tmp_path / "out", "--json"]
+    shown = json.loads(run("evaluate", folder, data, *options).stdout)
+    assert shown == json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    test = shown["clip"]["splits"]["test"]
+    assert test["n_pictures"] == 8 and test["retrieval"]["picture_to_caption"]["recall_at_5"] > 0.5
+    probe = shown["clip"]["probe"]
+    assert (probe["field"], probe["accuracy"], probe["always_the_commonest"]) == ("hue", 1.0, 0.5)
+    assert "probe" not in json.loads(run("evaluate", folder, data, *options[2:]).stdout)["clip"]
 
 
 def test_mistakes_are_one_line(folder: Path, pictures: list[str], tmp_path: Path) -> None:

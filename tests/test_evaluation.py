@@ -12,7 +12,6 @@ import torch
 from dalle import images
 from dalle.data.pairs import Pair, PairSet, read_pairs
 from dalle.data.shapes import write_shapes
-from dalle.dvae import DiscreteVAE, DVAEConfig
 from dalle.evaluation.metrics import (
     MAX_PSNR,
     Reconstruction,
@@ -34,10 +33,9 @@ from dalle.evaluation.protocols import (
 from dalle.evaluation.report import evaluate
 from dalle.evaluation.sheets import pairs_sheet, spread
 from dalle.pipeline import DallePipeline
-from dalle.tokenizer import Tokenizer, TokenizerConfig
-from dalle.transformer import Transformer, TransformerConfig
+from tests.tiny import GRID, N_CODES, N_TEXT, tiny_pipe
 
-SIZE, GRID, N_CODES, N_TEXT = 32, 4, 64, 8
+SIZE = 32
 NO_TOKENS = torch.zeros(1, 1, 1, dtype=torch.int64)
 
 
@@ -55,37 +53,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> PairSet:
 @pytest.fixture(scope="module")
 def pipe(shapes: PairSet) -> DallePipeline:
     """A tiny model with random weights."""
-    torch.manual_seed(0)
-    config = TokenizerConfig(vocab_size=360, max_tokens=N_TEXT, space_tokens=False)
-    tokenizer = Tokenizer.train((caption for pair in shapes for caption in pair.captions), config)
-    dvae = DVAEConfig(
-        image_size=SIZE,
-        n_codes=N_CODES,
-        quantizer="fsq",
-        fsq_levels=(4, 4, 4),
-        trunk="light",
-        d_hidden=8,
-        d_code=8,
-        n_blocks=1,
-    )
-    shape = TransformerConfig(
-        n_layers=2,
-        n_heads=2,
-        d_head=8,
-        n_text_tokens=N_TEXT,
-        n_text_vocab=tokenizer.n_vocab,
-        grid_size=GRID,
-        n_image_vocab=N_CODES,
-        conv_kernel=3,
-        layers=("row", "dense"),
-    )
-    transformer = Transformer(shape)
-    with torch.no_grad():
-        for (
-            parameter
-        ) in transformer.parameters():  # the heads start at zero: nothing would depend on captions
-            parameter.normal_(std=0.5)
-    return DallePipeline(tokenizer, DiscreteVAE(dvae).eval(), transformer.eval())
+    return tiny_pipe(caption for pair in shapes for caption in pair.captions)
 
 
 def sums_of(*pairs_of_values: tuple[list[int], list[int]]) -> Reconstruction:

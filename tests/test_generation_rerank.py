@@ -8,33 +8,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dalle.clip import CLIP, CLIPConfig
 from dalle.clip_tokenizer import CLIPTokenizer
-from dalle.config import validate
 from dalle.generation.rerank import CHUNK, Ranker, best_first
 from dalle.tokenizer import Tokenizer, TokenizerConfig
 from dalle.weights import write_manifest
+from tests.tiny import tiny_clip
 
 SIDE = 16
-
-
-def clip(tokenizer: Tokenizer | CLIPTokenizer) -> CLIP:
-    torch.manual_seed(0)
-    settings = {
-        "d_embed": 8,
-        "image_size": SIDE,
-        "image_tower": "vit",
-        "image_layers": 1,
-        "image_width": 64,
-        "patch_size": 8,
-        "n_text_tokens": tokenizer.max_tokens,
-        "n_text_vocab": tokenizer.n_vocab,
-        "text_layers": 1,
-        "text_width": 64,
-        "text_tokens": "dalle" if isinstance(tokenizer, Tokenizer) else "openai",
-        "activation": "gelu",
-    }
-    return CLIP(validate(CLIPConfig, settings, "test"))
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +25,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def ranker(tokenizer: Tokenizer) -> Ranker:
-    return Ranker(clip(tokenizer), tokenizer)
+    return Ranker(tiny_clip(tokenizer), tokenizer)
 
 
 def pictures(n: int, side: int = SIDE) -> Tensor:
@@ -140,7 +120,7 @@ def test_a_saved_ranker_gives_the_same_scores(ranker: Ranker, folder: Path) -> N
 
 def test_a_ranker_of_openais_kind_reads_with_openais_tokenizer(tmp_path: Path) -> None:
     tokens = CLIPTokenizer([("a", "b</w>")], max_tokens=9)
-    clip(tokens).save_pretrained(tmp_path / "clip")
+    tiny_clip(tokens).save_pretrained(tmp_path / "clip")
     tokens.save_pretrained(tmp_path / "clip")
     write_manifest(tmp_path)
     assert Ranker.from_pretrained(tmp_path).encode_captions(["ab"]).shape == (1, 8)
@@ -151,7 +131,7 @@ def test_a_wrong_ranker_is_one_clear_error(folder: Path, tokenizer: Tokenizer, t
         Ranker.from_pretrained(tmp_path)
     other = Tokenizer.train(["x"], TokenizerConfig(vocab_size=350, max_tokens=5, space_tokens=False))
     with pytest.raises(ValueError, match=r"reads 16 tokens of \d+, the tokenizer gives 5 of \d+"):
-        Ranker(clip(tokenizer), other)
+        Ranker(tiny_clip(tokenizer), other)
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     data = bytearray((copy / "clip" / "model.safetensors").read_bytes())

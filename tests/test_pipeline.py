@@ -12,19 +12,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dalle.clip import CLIP, CLIPConfig
-from dalle.config import validate
-from dalle.dvae import DiscreteVAE, DVAEConfig
 from dalle.generation.options import GenerationOptions
 from dalle.generation.precision import default_dtype
 from dalle.generation.rerank import CHUNK, Ranker
 from dalle.images import center_crop, read_recipe, save_png, to_tensor
 from dalle.pipeline import DallePipeline
 from dalle.tokenizer import Tokenizer, TokenizerConfig
-from dalle.transformer import Transformer, TransformerConfig
+from tests.tiny import GRID, N_TEXT, tiny_clip, tiny_dvae, tiny_transformer
 
 CAPTIONS = ["a red apple", "a blue boat", "two cats"]
-GRID, N_CODES, N_TEXT = 4, 64, 12
 
 
 @pytest.fixture(autouse=True)
@@ -36,49 +32,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def build_transformer(n_text_vocab: int, **changes: Any) -> Transformer:
-    settings = {
-        "n_layers": 2,
-        "n_heads": 2,
-        "d_head": 8,
-        "n_text_tokens": N_TEXT,
-        "n_text_vocab": n_text_vocab,
-        "grid_size": GRID,
-        "n_image_vocab": N_CODES,
-        "conv_kernel": 3,
-        "layers": ("row", "conv"),
-    }
-    transformer = Transformer(TransformerConfig.model_validate(settings | changes))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in transformer.named_parameters():
-            if "norm" not in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.7)
-    return transformer
-
-
-def build_dvae() -> DiscreteVAE:
-    config = DVAEConfig(
-        image_size=8 * GRID,
-        n_codes=N_CODES,
-        quantizer="fsq",
-        fsq_levels=(4, 4, 4),
-        trunk="light",
-        likelihood="mse_l1",
-        d_hidden=8,
-        d_code=8,
-        n_blocks=1,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(2)
-        dvae = DiscreteVAE(config)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in dvae.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return dvae
-
-
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return Tokenizer.train(CAPTIONS, TokenizerConfig(vocab_size=400, max_tokens=N_TEXT, space_tokens=False))
@@ -86,7 +39,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def pipe(tokenizer: Tokenizer) -> DallePipeline:
-    return DallePipeline(tokenizer, build_dvae(), build_transformer(tokenizer.n_vocab))
+    return DallePipeline(tokenizer, tiny_dvae(), tiny_transformer(tokenizer.n_vocab))
 
 
 @pytest.fixture(scope="module")
@@ -347,7 +300,7 @@ def test_save_and_load_give_the_same_model(pipe: DallePipeline, saved: Path) -> 
 
 
 def test_an_unsaved_models_hash_is_that_of_its_saved_folder(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    fresh = DallePipeline(tokenizer, build_dvae(), build_transformer(tokenizer.n_vocab))
+    fresh = DallePipeline(tokenizer, tiny_dvae(), tiny_transformer(tokenizer.n_vocab))
     before = fresh.model_sha256
     fresh.save_pretrained(tmp_path / "model")
     assert fresh.model_sha256 == before
@@ -456,7 +409,7 @@ def test_a_source_that_is_neither_folder_nor_hub_id_is_refused(source: str | Pat
 def test_components_that_do_not_fit_are_refused(
     pipe: DallePipeline, changes: dict[str, int], message: str
 ) -> None:
-    transformer = build_transformer(**({"n_text_vocab": pipe.tokenizer.n_vocab} | changes))
+    transformer = tiny_transformer(**({"n_text_vocab": pipe.tokenizer.n_vocab} | changes))
     with pytest.raises(ValueError, match=message):
         DallePipeline(pipe.tokenizer, pipe.dvae, transformer)
 
@@ -566,23 +519,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(
 
 
 def build_ranker(tokenizer: Tokenizer) -> Ranker:
-    settings = {
-        "d_embed": 8,
-        "image_size": 16,
-        "image_tower": "vit",
-        "image_layers": 1,
-        "image_width": 64,
-        "patch_size": 8,
-        "n_text_tokens": N_TEXT,
-        "n_text_vocab": tokenizer.n_vocab,
-        "text_layers": 1,
-        "text_width": 64,
-        "text_tokens": "dalle",
-        "activation": "gelu",
-    }
-    with torch.random.fork_rng():
-        torch.manual_seed(4)
-        return Ranker(CLIP(validate(CLIPConfig, settings, "test")), tokenizer)
+    return Ranker(tiny_clip(tokenizer), tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -647,7 +584,7 @@ def test_a_stopped_run_ranks_what_is_finished(pipe: DallePipeline, ranker: Ranke
 def test_a_model_with_a_clip_ranks_by_itself_and_keeps_it_when_saved(
     tokenizer: Tokenizer, ranker: Ranker, tmp_path: Path
 ) -> None:
-    dvae, transformer = build_dvae(), build_transformer(tokenizer.n_vocab)
+    dvae, transformer = tiny_dvae(), tiny_transformer(tokenizer.n_vocab)
     whole = DallePipeline(tokenizer, dvae, transformer, ranker=ranker)
     out = whole(CAPTIONS[0], num_images_per_prompt=2, num_candidates=6)
     whole.save_pretrained(tmp_path / "model")
@@ -662,12 +599,10 @@ def test_a_model_with_a_clip_ranks_by_itself_and_keeps_it_when_saved(
 
 
 def test_a_ranker_that_cannot_read_the_caption_is_refused_before_anything_is_drawn(
-    pipe: DallePipeline, tokenizer: Tokenizer
+    pipe: DallePipeline,
 ) -> None:
     short = Tokenizer.train(CAPTIONS, TokenizerConfig(vocab_size=400, max_tokens=2, space_tokens=False))
-    ranker = build_ranker(tokenizer)
-    settings = ranker.clip.config.model_dump() | {"n_text_tokens": 2, "n_text_vocab": short.n_vocab}
-    narrow = Ranker(CLIP(validate(CLIPConfig, settings, "test")), short)
+    narrow = Ranker(tiny_clip(short), short)
 
     def never(*_: object) -> bool:
         raise AssertionError("something was drawn")

@@ -13,7 +13,7 @@ from dalle.data.pairs import Pair, read_pairs
 from dalle.data.shapes import COLOURS, SHAPES, write_shapes
 from dalle.generation.rerank import Ranker
 from dalle.images import open_image
-from dalle.training.clip import is_even
+from dalle.training.clip import _fitting, is_even
 from dalle.training.order import Order
 from dalle.training.recipe import Balance, Recipe
 from dalle.training.train import train
@@ -122,6 +122,19 @@ def test_no_picture_comes_twice_in_an_update() -> None:
             assert len(set(members)) == 12
     with pytest.raises(ValueError, match="an epoch has 50 pictures, an update needs 64 different ones"):
         Order(pairs, 0, None, multiple=64)
+
+
+def test_few_pictures_make_smaller_updates_and_one_alone_is_an_error(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = ["clip_training.steps=2", "clip_training.warmup_steps=1", "clip_training.batch_size=16"]
+    few = recipe(*settings, "clip_training.accumulation=64")
+    out = run(data, tmp_path / "few", few)
+    assert "updates of 48, not of 1024" in caplog.text  # 56 of 64 are to train on
+    rows = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(row["loss"]) for row in rows if "loss" in row)
+    with pytest.raises(ValueError, match="at least 2 are needed"):
+        _fitting(few.clip_training, 1)  # type: ignore[arg-type]
 
 
 def test_a_share_of_the_pictures_is_seen_through_the_dvae(data: Path, tmp_path: Path) -> None:

@@ -173,12 +173,12 @@ def nearest_of_100(
     """
     ranks: dict[str, list[float]] = {"draws": [], "reconstructions": [], "draws_of_other_captions": []}
     n_candidates: list[int] = []
-    pools, small = _pools(pairs), _Thumbnails(pairs, reader)
+    pools, small = pools_of(pairs), _Thumbnails(pairs, reader)
     drawn = np.concatenate([thumbnails(decode(pipe.dvae, part)) for part in torch.split(tokens, BATCH)])
     other = np.roll(drawn, max(1, len(drawn) // 2), axis=0)  # (R, D)
     for start in range(0, len(rows), BATCH):
         part = rows[start : start + BATCH]
-        galleries = [[row, *distractors(pairs, row, pools[_style(pairs[row])])] for row in part]
+        galleries = [[row, *distractors(pairs, row, pools[style_of(pairs[row])])] for row in part]
         small.load_({index for gallery in galleries for index in gallery})
         for positions, pictures in reader.batches([pairs[row] for row in part]):
             copies = thumbnails(reconstruct(pipe.dvae, pictures)[1])  # (B, D)
@@ -212,16 +212,17 @@ def distractors(pairs: PairSet, row: int, pool: npt.NDArray[np.int64]) -> list[i
     return chosen
 
 
-def _style(pair: Pair) -> str | None:
+def style_of(pair: Pair) -> str | None:
+    """The field `style` of a pair."""
     style = pair.fields.get("style")
     return None if style is None else str(style)
 
 
-def _pools(pairs: PairSet) -> dict[str | None, npt.NDArray[np.int64]]:
+def pools_of(pairs: PairSet) -> dict[str | None, npt.NDArray[np.int64]]:
     """The pairs of each style; under None all pairs, for rows without one."""
     members: dict[str | None, list[int]] = {None: list(range(len(pairs)))}
     for index, pair in enumerate(pairs):
-        if (style := _style(pair)) is not None:
+        if (style := style_of(pair)) is not None:
             members.setdefault(style, []).append(index)
     return {style: np.array(found, dtype=np.int64) for style, found in members.items()}
 

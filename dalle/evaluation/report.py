@@ -30,9 +30,11 @@ from dalle.evaluation.protocols import (
     reconstruct,
     zero_shot_rows,
 )
+from dalle.evaluation.ranking import MAX_PROBE_PICTURES, PROBE_FIELD, RankerReport
 from dalle.evaluation.sheets import pairs_sheet, spread
 from dalle.generation.recipe import Versions
 from dalle.generation.request import count_seeds
+from dalle.generation.rerank import Ranker
 from dalle.pipeline import DallePipeline
 
 FORMAT = 1  # of evaluation.json
@@ -50,6 +52,7 @@ def evaluate(
     splits: tuple[str, ...] | None = None,
     limit: int | None = None,
     seed: int = 0,
+    probe: str = PROBE_FIELD,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Measures a model on held-out pairs; writes OUT/evaluation.json, reconstructions.png and draws.png.
@@ -58,10 +61,12 @@ def evaluate(
         splits: to measure on; all but `train` and `excluded` when None.
         limit: the most pictures of a split, spread evenly over it, and the most draws.
         seed: row i of the draws uses seed + i.
+        probe: the field that a linear probe on the vectors of the model's CLIPs tells pictures by.
         progress: called with (pictures done, of how many); a picture counts once for each pass over it.
 
     Returns:
-        What is in evaluation.json: PSNR in dB, losses in nats per token, recalls and shares in 0..1.
+        What is in evaluation.json: PSNR in dB, losses in nats per token, recalls and shares in 0..1. Of a model with
+        CLIPs also what these are worth (`clip`, `judge`), and what the judge says of the draws.
 
     Raises:
         ValueError: an unknown split, nothing held out, no readable picture, a bad limit, seed or folder.
@@ -75,12 +80,32 @@ def evaluate(
     rows = spread(hard or everyone, limit or len(pairs))
     count_seeds(seed, len(rows))  # refuses now what would be refused after minutes
     for_codes = [] if "train" in members else spread(_indices(pairs, "train"), _train_limit(limit))
-    advance = _Advance(progress, 2 * len(everyone) + len(for_codes) + 2 * len(rows))
+    both = {"clip": pipe.ranker, "judge": pipe.load_judge()}
+    rankers = {name: ranker for name, ranker in both.items() if ranker is not None}
+    n_ranked = len(everyone) + len(spread(_indices(pairs, "train"), MAX_PROBE_PICTURES))
+    advance = _Advance(
+        progress,
+        2 * len(everyone)
+        + len(for_codes)
+        + 2 * len(rows)
+        + len(rankers) * n_ranked
+        + ("judge" in rankers) * len(rows),
+    )
     reader = PictureReader(pipe.dvae.config.image_size)
 
     dvae_figures, transformer_figures = _model_figures(pipe, pairs, members, for_codes, reader, advance)
     tokens, seconds = draw(pipe, [pairs[row].captions[0] for row in rows], seed, advance)
     nearest = nearest_of_100(pipe, pairs, rows, tokens, reader, advance)
+    ranked = {
+        name: _ranker_figures(
+            pipe,
+            RankerReport(ranker, pairs, advance, probe),
+            members,
+            hard,
+            (rows, tokens) if name == "judge" else None,
+        )
+        for name, ranker in rankers.items()
+    }
     out.mkdir(parents=True, exist_ok=True)
     sheets = {
         "reconstructions.png": _reconstruction_sheet(pipe, pairs, everyone, reader, out),
@@ -97,9 +122,38 @@ def evaluate(
         "dvae": dvae_figures,
         "transformer": transformer_figures,
         "nearest_of_100": {"rows": "combo_hard" if hard else "splits", **nearest},
+        **ranked,
         "speed": {"n_draws": len(rows), "seconds": seconds, "draws_per_second": len(rows) / seconds},
         "sheets": sheets,
     }
+    weights.write_json(out / "evaluation.json", report)
+    advance.finish()
+    return report
+
+
+def evaluate_ranker(
+    ranker: Ranker,
+    pairs: PairSet,
+    out: Path,
+    *,
+    splits: tuple[str, ...] | None = None,
+    limit: int | None = None,
+    probe: str = PROBE_FIELD,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Measures a CLIP alone on held-out pairs and writes OUT/evaluation.json; arguments and errors as `evaluate`."""
+    members = choose(pairs, splits, limit)
+    n = sum(map(len, members.values())) + len(spread(_indices(pairs, "train"), MAX_PROBE_PICTURES))
+    advance = _Advance(progress, n)
+    report = {
+        "format": FORMAT,
+        "model": {"name": ranker.name, "clip_sha256": ranker.sha256},
+        "data": _data(pairs, members),
+        "settings": {"splits": None if splits is None else list(splits), "limit": limit, "probe": probe},
+        "versions": _versions(),
+        "clip": RankerReport(ranker, pairs, advance, probe).figures(members, zero_shot_rows(pairs)),
+    }
+    out.mkdir(parents=True, exist_ok=True)
     weights.write_json(out / "evaluation.json", report)
     advance.finish()
     return report
@@ -182,6 +236,21 @@ def _model_figures(
     return {**_dvae_figures(pooled), **codes, "splits": dvae_by_split}, losses_by_split
 
 
+def _ranker_figures(
+    pipe: DallePipeline,
+    report: RankerReport,
+    members: dict[str, list[int]],
+    hard: list[int],
+    drawn: tuple[list[int], Tensor] | None,
+) -> dict[str, Any]:
+    """What a CLIP of the model makes of held-out pictures; and of the draws (rows, tokens), if it judges them."""
+    figures = report.figures(members, hard)
+    if drawn is not None:
+        rows, tokens = drawn
+        figures["draws"] = report.draws(rows, decode(pipe.dvae, tokens))
+    return figures
+
+
 def _measured(
     pipe: DallePipeline, pairs: PairSet, indices: list[int], reader: PictureReader, advance: _Advance
 ) -> tuple[Reconstruction, list[int], Tensor]:
@@ -211,15 +280,9 @@ def _origin(
     seed: int,
 ) -> dict[str, Any]:
     """What the figures were taken on, and with what."""
-    versions = Versions(dalle=__version__, torch=str(torch.__version__), python=platform.python_version())
     return {
         "model": {"name": pipe.name, "sha256": pipe.model_sha256},
-        "data": {
-            "fingerprint": pairs.fingerprint,
-            "splits": dict(pairs.counts),
-            "n_bad": len(pairs.bad),
-            "measured": {split: len(indices) for split, indices in members.items()},
-        },
+        "data": _data(pairs, members),
         "settings": {
             "splits": None if splits is None else list(splits),
             "limit": limit,
@@ -230,8 +293,23 @@ def _origin(
             "device": pipe.device.type,
             "threads": torch.get_num_threads(),
         },
-        "versions": versions.model_dump(mode="json"),
+        "versions": _versions(),
     }
+
+
+def _data(pairs: PairSet, members: dict[str, list[int]]) -> dict[str, Any]:
+    return {
+        "fingerprint": pairs.fingerprint,
+        "splits": dict(pairs.counts),
+        "n_bad": len(pairs.bad),
+        "measured": {split: len(indices) for split, indices in members.items()},
+    }
+
+
+def _versions() -> dict[str, str]:
+    versions = Versions(dalle=__version__, torch=str(torch.__version__), python=platform.python_version())
+    found: dict[str, str] = versions.model_dump(mode="json")
+    return found
 
 
 def _command(model: str, splits: Sequence[str] | None, limit: int | None, seed: int) -> str:

@@ -75,6 +75,8 @@ class Recipe(Config):
     tokens_sha256: str
     score: float | None = None  # by CLIP, where one ranked the picture
     rank: int | None = None  # 0 is best
+    ranker: str | None = None  # where the CLIP came from, for people
+    ranker_sha256: str | None = None  # of its weights; None: it was never saved
 
 
 def tokens_sha256(tokens: Tensor) -> str:

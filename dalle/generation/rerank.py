@@ -51,11 +51,18 @@ class Ranker:
         if not (folder / component / "config.json").is_file():
             raise ValueError(f"ranker {folder} has no {component}: give a model folder with a CLIP in it")
         verify_manifest(folder)
+        return cls.from_verified(folder, component)
+
+    @classmethod
+    def from_verified(cls, folder: Path, component: str = "clip") -> Ranker:
+        """Load the CLIP of a model folder whose manifest was verified just now."""
         clip = CLIP.from_pretrained(folder / component)
         tokenizer: Tokenizer | CLIPTokenizer
         if clip.config.text_tokens == "openai":
             tokenizer = CLIPTokenizer.from_pretrained(folder / component, clip.config.n_text_tokens)
         else:
+            if not (folder / "tokenizer").is_dir():
+                raise ValueError(f"ranker {folder} has no tokenizer, which its CLIP reads captions with")
             tokenizer = Tokenizer.from_pretrained(folder / "tokenizer")
         ranker = cls(clip, tokenizer, str(folder))
         ranker.sha256 = file_sha256(folder / component / "model.safetensors")

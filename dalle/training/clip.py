@@ -7,6 +7,7 @@ Shapes: B batch, T text slots, E width of the embedding, M held-out pictures.
 """
 
 import hashlib
+import logging
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from dalle.training.pictures import Member, Pictures, load_all
 from dalle.training.recipe import Balance, CLIPTraining
 from dalle.training.transformer import encode_caption, fitting_captions
 
+logger = logging.getLogger(__name__)
 CHUNK = 64  # held-out pictures encoded at once
 SHEET_CAPTIONS = 16
 
@@ -60,6 +62,9 @@ class CLIPStage:
         self.train = train
         self.captions, self.n_truncated = fitting_captions(train, tokenizer)
         self.device = next(model.parameters()).device
+        n_epoch = Order(train, seed, balance).n_epoch
+        if n_epoch < settings.batch_size * settings.accumulation:
+            self.settings = settings = _fitting(settings, n_epoch)
         self.order = Order(train, seed, balance, multiple=settings.batch_size * settings.accumulation)
         size = model.config.image_size
         side = size if settings.crop == "center" else size + size // 8
@@ -178,6 +183,21 @@ class CLIPStage:
         rows = spread(range(len(pictures)), SHEET_CAPTIONS)
         found = (texts[rows] @ pictures.T).argmax(dim=1)
         return pairs_sheet(self.held_out[rows], self.held_out[found])
+
+
+def _fitting(settings: CLIPTraining, n_epoch: int) -> CLIPTraining:
+    """Smaller batches for an epoch of so few pictures: an update's are all different; ValueError for one alone."""
+    if n_epoch < 2:
+        raise ValueError(f"stage clip compares pictures, and an epoch has {n_epoch}: at least 2 are needed")
+    batch_size = min(settings.batch_size, n_epoch)
+    fitting = settings.model_copy(update={"batch_size": batch_size, "accumulation": n_epoch // batch_size})
+    logger.warning(
+        "clip: an epoch has %d different pictures: updates of %d, not of %d",
+        n_epoch,
+        fitting.batch_size * fitting.accumulation,
+        settings.batch_size * settings.accumulation,
+    )
+    return fitting
 
 
 def is_even(pair: Pair, field: str) -> bool:
