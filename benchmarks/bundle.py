@@ -1,8 +1,11 @@
 """Makes `dalle/bundled/` out of a trained model and the art set: the model, its figures, and the card that states them.
 
-    python benchmarks/bundle.py MODEL ART [--hours "dVAE 0.5 h, transformer 0.7 h on two CPU cores"]
+    python benchmarks/bundle.py MODEL ART --hours "dVAE 0.5 h, transformer 0.7 h on two CPU cores"
+    python benchmarks/bundle.py dalle/bundled ART --clip RANKER --judge OTHER --hours "clip/ 0.3 h, judge/ 0.2 h"
 
-Every figure of the card is read from the evaluation.json that this run writes beside it.
+The second form adds the CLIPs of two ranker folders to the model that is there, whose other files stay as they are.
+Every figure of the card is read from the evaluation.json that this run writes beside it; recipe.json says how each part
+was trained.
 """
 
 import argparse
@@ -24,6 +27,7 @@ from dalle.pipeline import DallePipeline
 BUNDLED = Path(__file__).parent.parent / "dalle" / "bundled"
 MAX_BYTES = 40_000_000
 COMPONENTS = ("tokenizer", "dvae", "transformer")
+RANKERS = ("clip", "judge")
 
 
 def main() -> None:
@@ -31,28 +35,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("art", type=Path)
-    parser.add_argument("--hours", required=True, help="what it was trained on and for how long")
+    parser.add_argument("--hours", required=True, help="what this was trained on and for how long")
     parser.add_argument(
         "--temperature", type=float, help="of the model's draws, from benchmarks/sampling_sweep.py"
     )
     parser.add_argument("--guidance", type=float, help="likewise")
+    parser.add_argument("--clip", type=Path, help="a ranker folder, whose clip/ will choose")
+    parser.add_argument("--judge", type=Path, help="another, whose clip/ will judge")
     arguments = parser.parse_args()
     chosen = {"temperature": arguments.temperature, "guidance": arguments.guidance}
     defaults = DallePipeline.from_pretrained(arguments.model).defaults.model_copy(
         update={name: value for name, value in chosen.items() if value is not None}
     )
-    recipe = weights.read_json(arguments.model / "run" / "config.json")["recipe"]
     art_card, pairs = (arguments.art / "README.md").read_text(encoding="utf-8"), read_pairs(arguments.art)
     with tempfile.TemporaryDirectory() as temporary:  # the old model stays until the new one is whole
         folder = Path(temporary) / "bundled"
         for component in COMPONENTS:
             shutil.copytree(arguments.model / component, folder / component)
+        parts = recipes(arguments.model, "model", arguments.hours)
+        for name in RANKERS:
+            source = getattr(arguments, name)
+            if source is not None:
+                shutil.copytree(source / "clip", folder / name)
+                parts |= recipes(source, name, arguments.hours)
+            elif (arguments.model / name).is_dir():
+                shutil.copytree(arguments.model / name, folder / name)
+        weights.write_json(folder / "recipe.json", parts)
         write_index(folder, defaults)
         pipe = DallePipeline.from_pretrained(folder)
         pipe.name = "bundled"
         report = evaluate(pipe, pairs, folder)
-        card = write_card(report, recipe, art_card, arguments.hours)
-        weights.write_bytes(folder / "README.md", card.encode())
+        weights.write_bytes(folder / "README.md", write_card(report, parts, art_card).encode())
         for name in report["sheets"]:
             enlarge(folder / name, 2)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -63,8 +76,18 @@ def main() -> None:
     print(json.dumps({"bundled": str(BUNDLED), "megabytes": round(size / 1e6, 1)}))
 
 
-def write_card(report: dict[str, Any], recipe: dict[str, Any], art_card: str, hours: str) -> str:
+def recipes(model: Path, part: str, hours: str) -> dict[str, Any]:
+    """How a part of the model was trained: of a run from its settings, of a bundled model what it says itself."""
+    told = model / "recipe.json"
+    if told.is_file():
+        found: dict[str, Any] = weights.read_json(told)
+        return found
+    return {part: {"recipe": weights.read_json(model / "run" / "config.json")["recipe"], "hours": hours}}
+
+
+def write_card(report: dict[str, Any], parts: dict[str, Any], art_card: str) -> str:
     """The model card in Markdown."""
+    recipe, hours = parts["model"]["recipe"], parts["model"]["hours"]
     dvae, codes = report["dvae"], report["dvae"]["n_codes"]
     nearest = report["nearest_of_100"]
     draws, ceiling = nearest["draws"], nearest["reconstructions"]
@@ -109,7 +132,7 @@ of split `train` (sha256 of the sorted training ids `{training_ids[1]}`). {hours
 - Tokenizer: BPE with {recipe["tokenizer"]["vocab_size"]} entries, {recipe["tokenizer"]["max_tokens"]} text tokens.
 - dVAE: {image_size} px -> {image_size // 8}x{image_size // 8} tokens of {codes} codes ({recipe["dvae"]["quantizer"]}), {steps["dvae"]:,} updates of {batches["dvae"]} pictures.
 - Transformer: {shape["n_layers"]} layers x {shape["n_heads"] * shape["d_head"]}, {steps["transformer"]:,} updates of {batches["transformer"]} pictures.
-- Stored in {recipe["weights"]}. It draws at temperature {sampling["temperature"]:g} with guidance {sampling["guidance"]:g} unless told otherwise.
+{ranker_recipes(parts)}- Stored in {recipe["weights"]}. It draws at temperature {sampling["temperature"]:g} with guidance {sampling["guidance"]:g} unless told otherwise.
 
 ## Figures
 
@@ -125,7 +148,7 @@ All from `{report["command"]}` ([evaluation.json](evaluation.json)).
 |---|---|---|---|---|---|
 {chr(10).join(rows)}
 
-Held-out pictures above their reconstructions:
+{ranker_figures(report)}Held-out pictures above their reconstructions:
 
 ![reconstructions](reconstructions.png)
 
@@ -143,6 +166,67 @@ The pictures are not shipped. The model was trained on:
 
 {attributions}
 """
+
+
+def ranker_recipes(parts: dict[str, Any]) -> str:
+    """A line for each CLIP on how it was trained."""
+    lines = []
+    for name, use in (("clip", "chooses among candidates"), ("judge", "only scores, in evaluations")):
+        if name in parts:
+            recipe, hours = parts[name]["recipe"], parts[name]["hours"]
+            shape, training = recipe["clip"], recipe["clip_training"]
+            of = f", on one half of the values of `{training['half_of']}`" if training["half_of"] else ""
+            lines.append(
+                f"- CLIP `{name}/` ({use}): {shape['image_tower']} at {shape['image_size']} px, {training['steps']:,} "
+                f"updates of {training['batch_size'] * training['accumulation']} pairs{of}, seed {recipe['seed']}. {hours}.\n"
+            )
+    return "".join(lines)
+
+
+def ranker_figures(report: dict[str, Any]) -> str:
+    """What the CLIPs are worth on held-out pictures, each figure beside what chance gives."""
+    if "clip" not in report:
+        return ""
+    lines = [
+        "What its CLIPs make of held-out pictures. R-precision: the true caption is nearer than 99 captions of other "
+        "objects in\nthe same style. Retrieval: among all pictures of the split.\n",
+        "| CLIP | split | pictures | style | R-precision | caption at 1 / 5 / 10 | picture at 1 / 5 / 10 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in RANKERS:
+        if name not in report:
+            continue
+        splits = dict(report[name]["splits"])
+        if "combo_hard" in report[name]:
+            splits["combo_hard"] = report[name]["combo_hard"]
+        for split, found in splits.items():
+            precision, retrieval = found["r_precision"], found["retrieval"]
+            recalls = [
+                " / ".join(f"{retrieval[way][f'recall_at_{k}']:.0%}" for k in (1, 5, 10))
+                for way in ("picture_to_caption", "caption_to_picture")
+            ]
+            chance = " / ".join(f"{retrieval['chance'][f'recall_at_{k}']:.1%}" for k in (1, 5, 10))
+            lines.append(
+                f"| `{name}` | {split} | {found['n_pictures']} | {found['style_accuracy']:.1%} (chance "
+                f"{found['style_chance']:.1%}) | {precision['share']:.1%} ± {precision['standard_error']:.1%} (chance "
+                f"{precision['chance']:.1%}) | {recalls[0]} (chance {chance}) | {recalls[1]} |"
+            )
+        probe = report[name].get("probe")
+        if probe:
+            lines.append(
+                f"| `{name}` | linear probe, {probe['n_classes']} values of `{probe['field']}` | {probe['n']} "
+                f"| {probe['accuracy']:.1%} (always the commonest: {probe['always_the_commonest']:.1%}) | | | |"
+            )
+    judged = report.get("judge", {}).get("draws")
+    if judged:
+        score = judged["clip_score"]
+        lines.append(
+            f"\nThe judge's CLIPScore of {judged['n']} draws, one a caption: {score['draws']:.3f}; of the true pictures "
+            f"{score['true_pictures']:.3f}, of the draws with other captions {score['draws_with_other_captions']:.3f}. "
+            f"R-precision of the draws by the judge: {judged['r_precision']['share']:.1%} (chance "
+            f"{judged['r_precision']['chance']:.1%})."
+        )
+    return "\n".join(lines) + "\n\n"
 
 
 def enlarge(path: Path, factor: int) -> None:

@@ -25,7 +25,7 @@ from dalle.training.loop import Progress, update
 from dalle.training.memory import keep_freed_memory
 from dalle.training.optim import OPTIMIZERS, Plateau
 from dalle.training.recipe import Recipe, transformer_config
-from dalle.training.train import sequences
+from dalle.training.stages import sequences
 from dalle.training.transformer import TransformerStage
 from dalle.transformer import Transformer
 

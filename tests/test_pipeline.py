@@ -18,6 +18,7 @@ from dalle.generation.rerank import CHUNK, Ranker
 from dalle.images import center_crop, read_recipe, save_png, to_tensor
 from dalle.pipeline import DallePipeline
 from dalle.tokenizer import Tokenizer, TokenizerConfig
+from dalle.weights import file_sha256
 from tests.tiny import GRID, N_TEXT, tiny_clip, tiny_dvae, tiny_transformer
 
 CAPTIONS = ["a red apple", "a blue boat", "two cats"]
@@ -594,6 +595,11 @@ def test_a_model_with_a_clip_ranks_by_itself_and_keeps_it_when_saved(
     loaded = DallePipeline.from_pretrained(tmp_path / "model", dtype="float32")
     again = loaded(CAPTIONS[0], num_images_per_prompt=2, num_candidates=6)
     assert (again.seeds, again.scores) == (out.seeds, out.scores)
+    assert (out.recipes[0]["ranker"], out.recipes[0]["ranker_sha256"]) == ("unsaved", None)
+    assert again.recipes[0]["ranker"] == str(tmp_path / "model")
+    assert again.recipes[0]["ranker_sha256"] == file_sha256(tmp_path / "model" / "clip" / "model.safetensors")
+    unranked = DallePipeline(tokenizer, dvae, transformer)(CAPTIONS[0])
+    assert unranked.recipes[0]["ranker"] is None
     plain = loaded(CAPTIONS[0], num_images_per_prompt=2)
     assert plain.scores is not None and list(plain.scores) == sorted(plain.scores, reverse=True)
 

@@ -16,7 +16,7 @@ from dalle.config import load_preset, override, validate
 from dalle.data.shapes import write_shapes
 from dalle.dvae import DiscreteVAE, DVAEConfig
 from dalle.pipeline import DallePipeline
-from dalle.training import train as training
+from dalle.training import stages
 from dalle.training.recipe import Recipe
 from dalle.training.train import train
 
@@ -399,7 +399,7 @@ def test_encoding_says_how_far_it_is(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(training, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(stages, "LINE_SECONDS", 0.0)
     cpu = torch.device("cpu")
     with caplog.at_level(logging.INFO):
         train(str(data), tmp_path / "m", recipe(), init_from=trained, device=cpu, dtype=torch.float32)
