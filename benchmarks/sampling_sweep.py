@@ -15,15 +15,18 @@ from dalle.evaluation.sheets import spread
 from dalle.generation.options import GenerationOptions
 from dalle.pipeline import DallePipeline
 
-SETTINGS = [
+SETTINGS = [  # temperature, guidance
     (1.0, 1.0),
     (1.0, 3.0),
     (0.7, 2.0),
     (0.7, 4.0),
+    (0.7, 6.0),
     (0.4, 2.0),
     (0.4, 4.0),
+    (0.4, 6.0),
     (0.0, 3.0),
-]  # temperature, guidance
+    (0.0, 5.0),
+]
 
 
 def main() -> None:

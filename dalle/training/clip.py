@@ -67,16 +67,15 @@ class CLIPStage:
             self.settings = settings = _fitting(settings, n_epoch)
         self.order = Order(train, seed, balance, multiple=settings.batch_size * settings.accumulation)
         size = model.config.image_size
-        side = size if settings.crop == "center" else size + size // 8
+        is_whole = settings.crop == "center"
+        side = size if is_whole else size + size // 8
         self._pictures = Pictures(
             train,
             self.order,
             settings.batch_size,
             bad,
-            read=lambda pair: images.center_crop(pair.open(), side),
-            draw=None
-            if settings.crop == "center"
-            else lambda picture, drawn: images.near_crop(picture, size, drawn),
+            read=lambda pair: images.center_crop(pair.open(), size) if is_whole else _square(pair, side),
+            draw=None if is_whole else lambda picture, drawn: images.near_crop(picture, size, drawn),
             side=side,
             seed=seed,
         )
@@ -183,6 +182,12 @@ class CLIPStage:
         rows = spread(range(len(pictures)), SHEET_CAPTIONS)
         found = (texts[rows] @ pictures.T).argmax(dim=1)
         return pairs_sheet(self.held_out[rows], self.held_out[found])
+
+
+def _square(pair: Pair, side: int) -> Image:
+    """The central square of a pair's picture, at most `side` pixels wide: a small one is not blown up."""
+    picture = pair.open()
+    return images.center_crop(picture, min(side, *picture.size))
 
 
 def _fitting(settings: CLIPTraining, n_epoch: int) -> CLIPTraining:

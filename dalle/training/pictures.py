@@ -15,7 +15,8 @@ from dalle.data.pairs import BadSampleLog, Pair
 from dalle.training.order import Order, rng
 from dalle.training.prefetch import Prefetch
 
-MAX_CACHE_BYTES = 2**30  # of pictures kept in memory
+MAX_CACHE_BYTES = 2**31  # of pictures kept in memory
+BYTES_A_PIXEL = 4  # of a PIL picture
 
 Member = tuple[int, int]  # epoch, index of the picture
 
@@ -26,7 +27,7 @@ class Pictures:
     Args:
         read: opens a picture; the result is kept if all of them, at `side` pixels, fit into memory.
         draw: makes a training picture of it, another one each epoch; None: it is one already.
-        side: of what `read` gives, in pixels; None: too large to be kept.
+        side: of what `read` gives at most, in pixels; None: too large to be kept.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Pictures:
     ) -> None:
         self._pairs, self._order, self._batch_size, self._bad = pairs, order, batch_size, bad
         self._read, self._draw, self._seed = read, draw, seed
-        fits = side is not None and 3 * side * side * len(pairs) <= MAX_CACHE_BYTES
+        fits = side is not None and BYTES_A_PIXEL * side * side * len(pairs) <= MAX_CACHE_BYTES
         self._cache: dict[int, Image] | None = {} if fits else None
         self._prefetch = Prefetch(self._load)
 
