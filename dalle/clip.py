@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dalle.config import Config
+from dalle.config import Config, validate
 from dalle.weights import load_component, load_strict, save_component
 
 HEAD_WIDTH = 64  # of every attention head in all released models
@@ -387,6 +387,21 @@ class CLIP(nn.Module):
         """Start SigLIP's bias where sigmoid(bias) is the share of true pairs, 1 / batch_size."""
         self.logit_bias.fill_(-math.log(max(batch_size - 1, 1)))
 
+    def at_image_size(self, image_size: int) -> "CLIP":
+        """This model for pictures of another size, to be trained on: as the paper's ViT-L/14 at 336 px (§3.2).
+
+        Its table of positions is resized as open_clip does, bicubic and antialiased. ValueError for a size that does
+        not fit.
+        """
+        config = validate(CLIPConfig, self.config.model_dump() | {"image_size": image_size}, "clip")
+        state = self.state_dict()
+        name = "visual." + ("" if config.image_tower == "vit" else "attnpool.") + "positional_embedding"
+        stride = 32 if config.patch_size is None else config.patch_size
+        state[name] = resized_positions(state[name], image_size // stride)
+        model = CLIP(config).to(self.text_projection)
+        load_strict(model, state, "clip")
+        return model
+
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
         """Read config.json and model.safetensors of a component folder; ValueError when they are damaged."""
@@ -405,6 +420,17 @@ def resized(images: Tensor, side: int) -> Tensor:
     if images.shape[-1] == side:
         return images
     return F.interpolate(images, size=(side, side), mode="bicubic", antialias=True).clamp(0, 1)
+
+
+def resized_positions(table: Tensor, side: int) -> Tensor:
+    """Position vectors (1 + h * h, C), the first of which has no place, for a grid of `side`: (1 + side * side, C)."""
+    first, places = table[:1], table[1:]
+    old = math.isqrt(len(places))
+    if old == side:
+        return table
+    grid = places.float().T.reshape(1, -1, old, old)  # (1, C, h, h)
+    grid = F.interpolate(grid, size=(side, side), mode="bicubic", antialias=True)
+    return torch.cat([first, grid.flatten(2)[0].T.to(table.dtype)])
 
 
 def infonce_loss(image_vectors: Tensor, text_vectors: Tensor, scale: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """CLIP: the published sizes, where it looks, its losses and its files."""
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dalle.clip import CLIP, MAX_LOGIT_SCALE, CLIPConfig, QuickGELU, infonce_loss, siglip_loss
+from dalle.clip import (
+    CLIP,
+    MAX_LOGIT_SCALE,
+    CLIPConfig,
+    QuickGELU,
+    infonce_loss,
+    resized_positions,
+    siglip_loss,
+)
 from dalle.config import validate
+from dalle.evaluation.zero_shot import retrieval_ranks
+from tests.tiny import tiny_clip, tiny_tokenizer
 
 TEXT = {"n_text_tokens": 77, "n_text_vocab": 49408, "text_layers": 12, "text_tokens": "openai"}
 
@@ -301,3 +312,95 @@ def test_saving_and_loading_keeps_every_logit_and_what_no_shape_tells(
     loaded = CLIP.from_pretrained(tmp_path / "clip")
     assert loaded.config == model.config
     assert torch.equal(loaded(pictures(2), captions(3, 5)), model(pictures(2), captions(3, 5)))
+
+
+# Another picture size
+
+
+@pytest.mark.parametrize("tower", ["vit", "resnet"])
+def test_at_its_own_size_a_model_stays_as_it_is_and_at_another_it_reads_the_same_picture_alike(
+    tower: str,
+) -> None:
+    resnet_shape = {
+        "image_tower": "resnet",
+        "image_layers": (1, 1, 1, 1),
+        "image_width": 8,
+        "patch_size": None,
+    }
+    model = lively(config(**({} if tower == "vit" else resnet_shape)))
+    same = model.at_image_size(model.config.image_size).eval()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(same.state_dict()[name], tensor), name
+    larger = model.at_image_size(2 * model.config.image_size).eval()
+    assert larger.config.image_size == 2 * model.config.image_size
+    assert torch.equal(larger.encode_text(captions(3)), model.encode_text(captions(3)))
+    assert larger.encode_image(pictures(2, 64)).shape == (2, model.config.d_embed)
+    with pytest.raises(ValueError, match="multiple"):
+        model.at_image_size(model.config.image_size + 1)
+
+
+def test_positions_are_resized_in_their_plane_and_the_first_has_no_place() -> None:
+    rows = torch.arange(4.0)
+    plane = torch.stack(torch.meshgrid(rows, rows, indexing="ij"), dim=-1).reshape(
+        16, 2
+    )  # its row and column
+    table = torch.cat([torch.tensor([[-7.0, 7.0]]), plane])
+    assert resized_positions(table, 4) is table
+    half = resized_positions(table, 2)
+    assert half.shape == (5, 2) and torch.equal(half[0], table[0])
+    torch.testing.assert_close(half[1:].mean(dim=0), plane.mean(dim=0))
+    assert torch.equal(half[1:, 0].view(2, 2), half[1:, 1].view(2, 2).T)
+    assert half[1, 0] == half[2, 0] < half[3, 0] == half[4, 0]
+
+
+# Learning
+
+
+def halves(colours: list[tuple[str, tuple[float, float, float]]]) -> tuple[list[str], Tensor]:
+    """A caption and a picture (3, 16, 16) for every pair of colours, one left and one right."""
+    names, drawn = [], []
+    for left, left_rgb in colours:
+        for right, right_rgb in colours:
+            picture = torch.empty(3, 16, 16)
+            picture[:, :, :8] = torch.tensor(left_rgb).view(3, 1, 1)
+            picture[:, :, 8:] = torch.tensor(right_rgb).view(3, 1, 1)
+            names.append(f"{left} beside {right}")
+            drawn.append(picture)
+    return names, torch.stack(drawn)
+
+
+COLOURS = list(
+    zip(
+        ("black", "red", "green", "blue", "yellow", "cyan", "pink", "white", "gray"),
+        [
+            *((float(r), float(g), float(b)) for r, g, b in itertools.product((0, 1), repeat=3)),
+            (0.5, 0.5, 0.5),
+        ],
+        strict=True,
+    )
+)
+
+
+def test_64_pairs_are_learned_by_heart_and_colours_never_seen_together_are_told_apart() -> None:
+    names, drawn = halves(COLOURS)
+    tokenizer = tiny_tokenizer(names)
+    text = torch.stack([torch.from_numpy(tokenizer.pad(tokenizer.encode(name))) for name in names])
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(3)).tolist()
+    seen, held_out = order[:64], order[64:]
+    model = tiny_clip(tokenizer, seed=0, d_embed=32).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(250):
+        noise = 0.05 * torch.randn(len(seen), 3, 16, 16, generator=generator)
+        noisy = (drawn[seen] + noise).clamp(0, 1)
+        loss = model.pair_loss(model.encode_image(noisy), model.encode_text(text[seen]))
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        model.clamp_logit_scale_()
+    with torch.no_grad():
+        of_pictures, of_texts = model.encode_image(drawn), model.encode_text(text)
+    for queries, targets in ((of_pictures, of_texts), (of_texts, of_pictures)):
+        assert (retrieval_ranks(queries[seen], targets[seen], range(64)) == 1).all()
+    ranks = retrieval_ranks(of_pictures[held_out], of_texts, held_out)
+    assert int((ranks <= 5).sum()) >= 9, "of 17 among 81; chance is one"

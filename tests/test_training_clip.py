@@ -14,6 +14,7 @@ from dalle.data.shapes import COLOURS, SHAPES, write_shapes
 from dalle.generation.rerank import Ranker
 from dalle.images import open_image
 from dalle.training.clip import _fitting, is_even
+from dalle.training.optim import OPTIMIZERS
 from dalle.training.order import Order
 from dalle.training.recipe import Balance, Recipe
 from dalle.training.train import train
@@ -111,6 +112,25 @@ def test_a_frozen_image_tower_does_not_move_and_the_text_tower_does(
         if name.startswith("visual."):
             assert torch.equal(tensor, after[name]), name
     assert not torch.equal(before["text_projection"], after["text_projection"])
+
+
+def test_a_given_clip_is_trained_on_at_another_picture_size(
+    trained: Path, data: Path, tmp_path: Path
+) -> None:
+    settings = ["clip_training.steps=2", "clip_training.warmup_steps=1", "clip_training.image_size=48"]
+    out = run(data, tmp_path / "out", recipe(*settings), init_from=trained)
+    assert Ranker.from_pretrained(out).clip.config.image_size == 48
+    assert Ranker.from_pretrained(trained).clip.config.image_size == 32
+
+
+def test_the_scale_is_never_decayed(trained: Path) -> None:
+    model = Ranker.from_pretrained(trained).clip
+    settings = recipe().clip_training
+    assert settings is not None
+    groups = OPTIMIZERS["adamw"](model, settings).param_groups
+    decay = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    assert decay[id(model.logit_scale)] == 0
+    assert decay[id(model.get_parameter("visual.proj"))] > 0
 
 
 def test_no_picture_comes_twice_in_an_update() -> None:

@@ -72,6 +72,9 @@ class CLIPTraining(Optimization):
         0.0, ge=0, le=1
     )  # share of pictures seen through the dVAE, as candidates will be
     frozen: Literal["nothing", "image"] = "nothing"  # image: only the text tower learns (Zhai et al. 2022)
+    image_size: int | None = Field(
+        None, ge=1
+    )  # train a given CLIP on at another size (§3.2: 336 px for the last epoch)
     half_of: str | None = None  # a field: train on those of its values whose hash is even; for a judge
 
 

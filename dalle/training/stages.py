@@ -146,11 +146,12 @@ def clip_stage(run: Run, tokenizer: Tokenizer, dvae: DiscreteVAE | None) -> None
     if run.finished("clip", inputs, _file_hash(folder / "model.safetensors")):
         return
     torch.manual_seed(recipe.seed)
-    model = (
-        CLIP.from_pretrained(given)
-        if given
-        else CLIP(clip_config(recipe.clip, tokenizer.n_vocab, tokenizer.max_tokens))
-    )
+    if given:
+        model = CLIP.from_pretrained(given)
+        if recipe.clip_training.image_size is not None:
+            model = model.at_image_size(recipe.clip_training.image_size)
+    else:
+        model = CLIP(clip_config(recipe.clip, tokenizer.n_vocab, tokenizer.max_tokens))
     Ranker(model, tokenizer, str(given))  # refuses a given one that reads other tokens
     if model.config.loss == "siglip" and not given:
         model.set_bias_(recipe.clip_training.batch_size * recipe.clip_training.accumulation)
