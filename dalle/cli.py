@@ -131,8 +131,16 @@ def generate(
     guidance: Annotated[
         float | None, typer.Option(help="1: none; larger follows the caption more closely.")
     ] = None,
-    image: Annotated[Path | None, typer.Option(help="Complete this picture; with --keep-rows.")] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="Complete this picture; with --keep-rows or --mask.")
+    ] = None,
     keep_rows: Annotated[int | None, typer.Option(help="Token rows kept from the top of --image.")] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(
+            help="Picture whose transparent (or, without transparency, white) parts are drawn anew."
+        ),
+    ] = None,
     truncate: Annotated[bool, typer.Option(help="Cut captions that are too long, and say so.")] = False,
     dtype: Dtype = "auto",
     device: Device = None,
@@ -154,6 +162,7 @@ def generate(
         chosen.name = str(ranker)
         chosen.clip.to(place)
     picture = images.open_image(image) if image is not None else None
+    drawn_anew = images.open_mask(mask) if mask is not None else None
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file; give a folder")
     with _rows_bar("drawing", as_json) as progress:
@@ -168,6 +177,7 @@ def generate(
             guidance=guidance,
             image=picture,
             keep_rows=keep_rows,
+            mask=drawn_anew,
             truncate=truncate,
             ranker=chosen,
             progress=progress,

@@ -48,6 +48,25 @@ def open_image(source: Source, max_pixels: int = MAX_PIXELS) -> Image.Image:
         return _to_rgb(ImageOps.exif_transpose(image))
 
 
+def open_mask(source: Source, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read a picture file as a mask, see `to_mask`, turned by its EXIF; errors as `open_image`."""
+    name = _name(source)
+    with _opened(source, name, FORMATS, max_pixels) as image:
+        image.load()
+        return to_mask(ImageOps.exif_transpose(image))
+
+
+def to_mask(image: Image.Image) -> Image.Image:
+    """Return what a picture marks, 255 of an 8-bit grey picture: what is fully transparent, as in OpenAI's API.
+
+    In a picture without transparency, what is nearer to white than to black, as in most other programs.
+    """
+    if image.has_transparency_data:
+        alpha = image.convert("RGBA").getchannel("A")
+        return alpha.point([255] + [0] * 255)
+    return _to_rgb(image).convert("L").point([0] * 128 + [255] * 128)
+
+
 @contextlib.contextmanager
 def _opened(source: Source, name: str, formats: tuple[str, ...], max_pixels: int) -> Iterator[Image.Image]:
     """Read the header of a picture; whatever decoding raises inside the `with` becomes one ValueError."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from dalle import __version__
 from dalle.config import validate
 from dalle.dvae import DiscreteVAE
+from dalle.generation.completion import completion_of
 from dalle.generation.engine import ROWS_PER_BATCH, Engine, plan_batches
 from dalle.generation.options import GenerationOptions
 from dalle.generation.precision import as_dtype, decode_threads, default_dtype, dtype_name, threads
@@ -35,7 +36,7 @@ from dalle.generation.recipe import (
     place_in_batch,
     tokens_sha256,
 )
-from dalle.generation.request import count_images, count_seeds, is_count, read_captions, read_options
+from dalle.generation.request import count_images, count_seeds, read_captions, read_options
 from dalle.generation.rerank import CHUNK, Ranker, best_first
 from dalle.images import center_crop, to_images, to_tensor
 from dalle.model_folder import check_fit, model_folder, one_line, read_index, write_index
@@ -251,6 +252,7 @@ class DallePipeline:
         guidance: float | None = None,
         image: Image.Image | None = None,
         keep_rows: int | None = None,
+        mask: Image.Image | None = None,
         truncate: bool = False,
         output_type: Literal["pil", "tokens"] = "pil",
         ranker: Ranker | None = None,
@@ -268,6 +270,8 @@ class DallePipeline:
                 top_k=0 and top_p=1 switch a default off.
             image: a picture to complete: its central square's top `keep_rows` rows of tokens are kept.
             keep_rows: 1..G grid rows (each 8 pixels of the model's picture size).
+            mask: in place of keep_rows, a picture of the same shape whose fully transparent pixels (without
+                transparency: its white ones) are drawn anew, in whole cells of 8 pixels.
             truncate: cut captions longer than the model reads, and say so in log and recipe.
             output_type: "tokens" leaves out the pictures.
             ranker: a CLIP to order the candidates by, in place of the model's own.
@@ -287,7 +291,7 @@ class DallePipeline:
             raise ValueError(f'output_type is {output_type!r}; allowed are "pil" and "tokens"')
         seeds = count_seeds(seed, n_rows)
         options = read_options(self.defaults, temperature, top_k, top_p, guidance)
-        completion = self._completion(image, keep_rows)
+        completion = self._completion(image, keep_rows, mask)
         text, truncations = self._read(captions, truncate)
         vectors = (
             None if ranker is None else ranker.encode_captions(captions, truncate)
@@ -445,28 +449,27 @@ class DallePipeline:
         )
         return tokens.cpu()  # (R, G, G)
 
-    def _completion(self, image: Image.Image | None, keep_rows: int | None) -> Completion | None:
-        if image is None and keep_rows is None:
-            return None
-        grid = self.dvae.config.grid_size
-        if image is None or keep_rows is None:
-            missing = "image" if image is None else "keep_rows"
+    def _completion(
+        self, image: Image.Image | None, keep_rows: int | None, mask: Image.Image | None
+    ) -> Completion | None:
+        if image is None:
+            if keep_rows is None and mask is None:
+                return None
+            grid = self.dvae.config.grid_size
             raise ValueError(
-                f"{missing} is missing; a completion needs image and keep_rows (1..{grid}): give both"
+                f"image is missing; a completion needs image and either keep_rows (1..{grid}) or mask"
             )
-        if not isinstance(image, Image.Image):
-            raise ValueError(
-                f"image is {image!r}; it must be a PIL image: open it with dalle.images.open_image"
-            )
-        if not is_count(keep_rows) or keep_rows > grid:
-            raise ValueError(f"keep_rows is {keep_rows!r}; the model draws {grid} rows: choose 1..{grid}")
+        for name, given in (("image", image), ("mask", mask)):
+            if given is not None and not isinstance(given, Image.Image):
+                raise ValueError(
+                    f"{name} is {given!r}; it must be a PIL image: open it with dalle.images.open_image"
+                )
         rgba = image.convert("RGBA")
         opaque = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
         pixels = to_tensor([center_crop(opaque, self.dvae.config.image_size)])  # (1, 3, H, W)
         with torch.no_grad():
-            kept = self.dvae.encode(pixels.to(next(self.dvae.parameters()).device)).flatten()  # (N,)
-        n_kept = keep_rows * grid
-        return Completion(keep_rows=keep_rows, known=(*kept[:n_kept].tolist(), *[-1] * (grid**2 - n_kept)))
+            tokens = self.dvae.encode(pixels.to(next(self.dvae.parameters()).device))[0].cpu()  # (G, G)
+        return completion_of(tokens, keep_rows, mask)
 
     def _read(self, captions: Sequence[str], truncate: bool) -> tuple[Tensor, list[Truncation | None]]:
         """Token ids (B, T) int64 of the captions, and what was cut from each."""

@@ -233,6 +233,18 @@ def test_completion_keeps_the_rows_of_the_given_picture(
     assert completion == {"keep_rows": 2, "known": tokens[: 2 * GRID] + [-1] * (2 * GRID)}
 
 
+def test_a_mask_keeps_what_it_does_not_mark(run: Run, model: Path, data: Path, tmp_path: Path) -> None:
+    mask = Image.new("RGBA", (32, 32), "white")
+    mask.paste((0, 0, 0, 0), (24, 0, 32, 8))
+    mask.save(tmp_path / "mask.png")
+    given = ["--image", data / "000000.png", "--mask", tmp_path / "mask.png"]
+    assert run("generate", "a", "--model", model, "-n", 1, *given, "--out", tmp_path / "out").code == 0
+    known = images.read_recipe(tmp_path / "out" / "000_0.png")["completion"]["known"]
+    assert [place for place, token in enumerate(known) if token == -1] == [GRID - 1]
+    broken = run("generate", "a", "--model", model, *given[:3], data / "000000.txt", "--out", tmp_path / "no")
+    assert_one_line(broken, "000000.txt: not a picture of a known kind")
+
+
 def test_truncate_cuts_a_long_caption_and_says_so(run: Run, model: Path, tmp_path: Path) -> None:
     caption = "q " * 300
     cut = run("generate", caption, "--model", model, "-n", 1, "--truncate", "--out", tmp_path, "--json")
@@ -264,7 +276,10 @@ def test_truncate_cuts_a_long_caption_and_says_so(run: Run, model: Path, tmp_pat
         ),
         (["a", "-n", "2", "--seed", str(2**63 - 1)], f"seed is {2**63 - 1}; for 2 pictures"),
         (["a", "--seed", "-2"], "seed is -2"),
-        (["a", "--keep-rows", "2"], "image is missing; a completion needs image and keep_rows (1..4)"),
+        (
+            ["a", "--keep-rows", "2"],
+            "image is missing; a completion needs image and either keep_rows (1..4) or mask",
+        ),
         (["a", "--image", "PICTURE"], "keep_rows is missing"),
         (
             ["a", "--image", "PICTURE", "--keep-rows", "5"],

@@ -150,6 +150,24 @@ def test_completion_keeps_the_top_rows_and_draws_the_rest(pipe: DallePipeline, p
     assert len({tuple(tokens[2:].flatten().tolist()) for tokens in out.tokens}) == 3
 
 
+def test_a_mask_draws_its_cells_anew_and_its_recipe_draws_them_again(
+    pipe: DallePipeline, photo: Image.Image
+) -> None:
+    mask = Image.new("L", photo.size)
+    mask.paste(
+        255, (photo.width // 2 - 5, photo.height // 2 - 5, photo.width // 2 + 5, photo.height // 2 + 5)
+    )
+    out = pipe("two cats", num_images_per_prompt=3, image=photo, mask=mask)
+    with torch.no_grad():
+        kept = pipe.dvae.encode(to_tensor([center_crop(photo, 32)]))[0]
+    is_drawn = torch.zeros(4, 4, dtype=torch.bool)
+    is_drawn[1:3, 1:3] = True
+    assert torch.equal(out.tokens[:, ~is_drawn], kept[~is_drawn].expand(3, -1))
+    assert len({tuple(tokens[is_drawn].tolist()) for tokens in out.tokens}) == 3
+    again, agrees = pipe.rerun(out.recipes[1])
+    assert agrees and again == out.images[1]
+
+
 def test_transparent_parts_of_a_kept_picture_are_white(pipe: DallePipeline) -> None:
     clear = pipe("", image=Image.new("RGBA", (32, 32), (0, 0, 0, 0)), keep_rows=4)
     white = pipe("", image=Image.new("RGB", (32, 32), "white"), keep_rows=4)
@@ -159,10 +177,11 @@ def test_transparent_parts_of_a_kept_picture_are_white(pipe: DallePipeline) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"keep_rows": 2}, "image is missing; a completion needs image and keep_rows"),
+        ({"keep_rows": 2}, "image is missing; a completion needs image and either keep_rows"),
         ({"image": Image.new("RGB", (8, 8))}, "keep_rows is missing"),
         ({"image": Image.new("RGB", (8, 8)), "keep_rows": 5}, r"keep_rows is 5; .* choose 1\.\.4"),
         ({"image": Image.new("RGB", (8, 8)), "keep_rows": 0}, r"keep_rows is 0; .* choose 1\.\.4"),
+        ({"image": Image.new("RGB", (8, 8)), "mask": "m.png"}, "mask is 'm.png'; it must be a PIL image"),
         ({"image": "cat.png", "keep_rows": 1}, "image is 'cat.png'; it must be a PIL image"),
         ({"num_candidates": 4}, "needs a CLIP"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),

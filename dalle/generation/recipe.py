@@ -35,7 +35,7 @@ class BatchPlan(Config):
 class Completion(Config):
     """What was kept of a given picture."""
 
-    keep_rows: Annotated[int, Field(ge=1)]  # grid rows from the top
+    keep_rows: Annotated[int, Field(ge=1)] | None = None  # grid rows from the top; None: a mask said what
     known: tuple[Annotated[int, Field(ge=-1)], ...]  # (N,) tokens that were forced, -1 where drawn
 
 
