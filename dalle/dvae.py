@@ -26,7 +26,7 @@ from dalle.weights import load_component, load_strict, save_component
 
 DOWNSAMPLING = 8  # image side / grid side; three 2x poolings (§2.1)
 PIXEL_MARGIN = 0.1  # eps of App. A.3, eq. 3: pixels are squeezed into [eps, 1 - eps]
-MIN_LN_B, MAX_LN_B = -7.0, 3.0  # differs: not clamped in the paper; flat white art would drive ln b to -inf
+MAX_LN_B = 3.0  # differs: not clamped in the paper
 L1_WEIGHT = 0.05  # of "mse_l1": squared error decides, the absolute error keeps flat areas exactly flat
 N_NORM_GROUPS = 8  # of the light trunk's GroupNorm
 
@@ -42,6 +42,9 @@ class DVAEConfig(Config):
     fsq_levels: tuple[int, ...] = ()  # levels of each FSQ channel; their product is n_codes
     trunk: Literal["paper", "light"]  # OpenAI's network, or a cheap one without full-resolution convolutions
     likelihood: Literal["logit_laplace", "mse_l1"] = "logit_laplace"  # the paper's, or regression for PSNR
+    # Floor of ln b, in logits. differs: none in the paper, whose photographs are nowhere flat. White art would drive it
+    # to -inf, and a pixel weighs 1 / b: the higher the floor, the less the flat ones outweigh the others.
+    min_ln_b: Annotated[float, Field(lt=MAX_LN_B)] = -7.0
     d_hidden: PositiveInt  # base width, a multiple of 8 (paper: n_hid = 256)
     d_code: PositiveInt  # width of a code vector in the decoder (paper: n_init = 128)
     n_blocks: PositiveInt  # residual blocks per group (paper: 2) or per resolution (light)
@@ -449,7 +452,9 @@ class DiscreteVAE(nn.Module):
     def _reconstruction(self, images: Tensor, out: Tensor) -> Tensor:
         mu, ln_b = out.chunk(2, dim=1)  # (B, 3, H, W) each
         if self.config.likelihood == "logit_laplace":
-            return logit_laplace_nll(map_pixels(images), mu, ln_b.clamp(MIN_LN_B, MAX_LN_B)).mean()
+            return logit_laplace_nll(
+                map_pixels(images), mu, ln_b.clamp(self.config.min_ln_b, MAX_LN_B)
+            ).mean()
         # not clamped to [0, 1]: a clamp would stop the gradient of every pixel that overshoots
         error = (torch.sigmoid(mu) - PIXEL_MARGIN) / (1 - 2 * PIXEL_MARGIN) - images
         return error.square().mean() + L1_WEIGHT * error.abs().mean()

@@ -112,6 +112,27 @@ def test_logit_laplace_integrates_to_one(mu: float, ln_b: float) -> None:
     assert torch.trapezoid(density[inside], logit[inside]).item() == pytest.approx(1, abs=1e-6)
 
 
+def test_ln_b_stops_at_its_floor() -> None:
+    """A decoder that says mu = 0 and ln b = -5 everywhere is charged for the floor where that is higher."""
+    images = pictures(2)
+    for floor, charged in ((-7.0, -5.0), (-1.0, -1.0)):
+        model = make("light-gumbel", min_ln_b=floor)
+        with torch.no_grad():
+            head = model.decoder.blocks.output
+            head.w.zero_()
+            head.b.copy_(torch.tensor([0.0] * 48 + [-5.0] * 48))  # shuffled 4x4: mu of 3 channels, then ln b
+        _, metrics = model.loss(
+            images, temperature=1.0, kl_weight=0.0, generator=torch.Generator().manual_seed(0)
+        )
+        mapped = map_pixels(images)
+        expected = logit_laplace_nll(
+            mapped, torch.zeros_like(mapped), torch.full_like(mapped, charged)
+        ).mean()
+        torch.testing.assert_close(metrics["reconstruction"], expected)
+    with pytest.raises(ValueError, match="min_ln_b"):
+        make("light-gumbel", min_ln_b=3.0)
+
+
 def test_logit_laplace_equals_autograds_change_of_variables() -> None:
     generator = torch.Generator().manual_seed(0)
     y = torch.randn(50, generator=generator, dtype=torch.float64, requires_grad=True)
