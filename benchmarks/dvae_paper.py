@@ -7,7 +7,7 @@ Source: §2.1 and App. A.2, A.3: logit-Laplace likelihood, soft Gumbel relaxatio
 goes on where it was stopped. The schedules are stretched to the run: the step size falls to 1/80 over all of it,
 the temperature over its first half, and beta rises over 1/30 of that half, as the paper's 5k updates are to 150k.
 differs: the trunk is that of the preset `laptop`; the peak step size is that of a short run at a small batch; ln b has a
-floor, and the encoder's first logits are eight times as large (docs/paper.md says what each is worth).
+floor, and the encoder's first logits are eight times as large (docs/dvae.md says what each is worth).
 
     python benchmarks/dvae_paper.py ART --out runs/other --steps 250 --batch 32 --set dvae.min_ln_b=-7
 
