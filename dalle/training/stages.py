@@ -90,7 +90,6 @@ def dvae_stage(run: Run) -> DiscreteVAE:
 
 def transformer_stage(run: Run, tokenizer: Tokenizer, dvae: DiscreteVAE) -> None:
     recipe, folder = run.recipe, run.out / "transformer"
-    stores = _encode(run, dvae)
     given = run.given("transformer")
     inputs: dict[str, Any] = {
         "model": recipe.transformer.model_dump(mode="json"),
@@ -103,6 +102,7 @@ def transformer_stage(run: Run, tokenizer: Tokenizer, dvae: DiscreteVAE) -> None
         inputs |= {"model": {}, "given": weights.file_sha256(given / "model.safetensors")}
     if run.finished("transformer", inputs, _file_hash(folder / "model.safetensors")):
         return
+    stores = _encode(run, dvae)
     torch.manual_seed(recipe.seed)
     if given:
         model = Transformer.from_pretrained(given)
