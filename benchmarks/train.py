@@ -17,6 +17,7 @@ import sys
 import time
 
 import torch
+from machine import gemm_peak
 
 from dalle import attention, transformer
 from dalle.config import load_preset, validate
@@ -26,18 +27,6 @@ from dalle.training.recipe import Recipe, transformer_config
 from dalle.transformer import Transformer, TransformerConfig
 
 VARIANTS = ("now", "default_allocator", "masked_attention", "fp32_heads")
-
-
-def gemm_peak() -> float:
-    """The best of several bf16 matrix products, FLOP/s."""
-    best = 0.0
-    for m, k, n in ((6144, 256, 1024), (6144, 1024, 256), (4096, 4096, 4096)):
-        a, b = torch.randn(m, k).bfloat16(), torch.randn(n, k).bfloat16()
-        for _ in range(8):
-            began = time.perf_counter()
-            torch.nn.functional.linear(a, b)
-            best = max(best, 2 * m * k * n / (time.perf_counter() - began))
-    return best
 
 
 def flops(config: TransformerConfig, batch: int) -> float:

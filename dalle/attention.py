@@ -1,4 +1,4 @@
-"""Row, column, convolutional and dense attention masks as data, the attention call, the key-value cache.
+"""Row, column, convolutional and dense attention masks as data, the attention call, the cache of image keys.
 
 Source: DALL·E paper (arXiv 2102.12092), section 2.2, footnote 7, appendix B.1 and figure 11; Child et al.
 2019.
@@ -19,11 +19,11 @@ every layer, and the image keys of their layer's mask, in one joint softmax (foo
 Shapes: B batch, T text tokens, N = G * G image tokens, G grid side, S = T + N stream, H heads, D head width.
 """
 
+import bisect
 import functools
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
 import torch
@@ -150,11 +150,14 @@ class AttentionPlan:
         self.n_caption = 1 + n_text  # BOS and the text tokens: what every image slot sees
         self.n_image = grid * grid
         self.n_stream = n_text + grid * grid
-        largest = max(image_offsets(kind, grid, kernel))
+        self._offsets = image_offsets(kind, grid, kernel)
+        largest = max(self._offsets)
+        # Of an `ImageCache`: as far as the mask reaches back, and no more than the tokens that are ever read.
+        self.n_slots = self.n_image if kind == "column" else max(1, min(largest + 1, self.n_image - 1))
+        self._has_no_gaps = self._offsets[: self.n_slots] == list(range(self.n_slots))
         # How many grid rows above its own a query reaches; column layers are laid out transposed: none.
         self.n_rows_back = 0 if kind == "column" else min(math.ceil(largest / grid), grid - 1)
         self._made: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
-        self._step_keys: dict[tuple[int, torch.device], slice | Tensor] = {}
         self._block_masks: dict[torch.device, object] = {}
 
     def mask(self, device: torch.device) -> Tensor:
@@ -175,15 +178,21 @@ class AttentionPlan:
         """Gives what is added to window scores, 0 or -inf: (G, G, K), K keys for a row; see `windows`."""
         return self._make("window", device, dtype, self._draw_window_bias)
 
-    def step_keys(self, position: int, device: torch.device) -> slice | Tensor:
-        """Gives the image-cache entries that the token at `position` reads: a slice, or int64 indices."""
-        if (position, device) not in self._step_keys:
-            keys = allowed_image_keys(self.kind, position, self.grid, self.kernel)
-            stride = keys[-1] - keys[-2] if len(keys) > 1 else 1
-            even = slice(keys[0], position + 1, stride)  # a slice copies nothing
-            is_even = list(range(keys[0], position + 1, stride)) == keys
-            self._step_keys[position, device] = even if is_even else torch.tensor(keys, device=device)
-        return self._step_keys[position, device]
+    def slot(self, position: int) -> int:
+        """Names the slot of an `ImageCache` that holds the image token at raster index `position`."""
+        if self.kind == "column":
+            return (position % self.grid) * self.grid + position // self.grid
+        return position % self.n_slots
+
+    def visible_slots(self, position: int, device: torch.device) -> slice | Tensor:
+        """Names the slots that the image token at `position` reads: a slice, or int64 indices."""
+        if self.kind == "column":
+            first = (position % self.grid) * self.grid
+            return slice(first, first + position // self.grid + 1)
+        if self._has_no_gaps:
+            return slice(0, min(position + 1, self.n_slots))
+        reach = self._make("offsets", device, torch.int64, lambda: torch.tensor(self._offsets, device="cpu"))
+        return (position - reach[: bisect.bisect_right(self._offsets, position)]) % self.n_slots
 
     def block_mask(self, device: torch.device) -> object:
         """Gives the mask as FlexAttention's BlockMask, which lists the 128 x 128 tiles to visit."""
@@ -328,69 +337,28 @@ def _compiled_flex() -> Callable[..., object]:
     return torch.compile(flex, dynamic=False)
 
 
-# --- Key-value cache ----------------------------------------------------------------------------------------
+# --- Image cache --------------------------------------------------------------------------------------------
 
 
-@dataclass
-class LayerCache:
-    """One layer's keys and values: the caption's (B, H, 1 + T, D), the image's (B, H, N - 1, D)."""
+class ImageCache:
+    """Keys and values of the image tokens that later ones may still read, in one layer, for R half-drawn pictures.
 
-    caption_keys: Tensor
-    caption_values: Tensor
-    image_keys: Tensor
-    image_values: Tensor
+    It has as many slots as the mask reaches back, all taken at the start: nothing grows while a picture is drawn.
+    Where the mask allows all of them (row, dense) they are a ring; column layers keep column after column, so that
+    what a token reads lies together; the convolution picks from its ring. Softmax asks for no order.
 
-    def repeat(self, n: int) -> "LayerCache":
-        """Copies every row n times: row b becomes rows b * n .. b * n + n - 1."""
-        return LayerCache(*(x.repeat_interleave(n, dim=0) for x in vars(self).values()))
-
-
-@dataclass
-class KeyValueCache:
-    """What decoding remembers of a batch of half-drawn streams; each layer keeps its own tensors.
-
-    The last image token is never an input, so the image part has N - 1 entries.
+    Shapes: R pictures, W keys that a token sees, itself included, L slots.
     """
 
-    layers: list[LayerCache]
-    n_image_tokens: int = 0  # image tokens read so far, the same for every row
+    def __init__(self, plan: AttentionPlan, n_pictures: int, n_heads: int, d_head: int, like: Tensor) -> None:
+        self.plan = plan
+        self.memory = like.new_zeros(2, n_heads, n_pictures, plan.n_slots, d_head)  # keys, then values
 
-    @property
-    def batch_size(self) -> int:
-        """Number of rows B."""
-        return self.layers[0].caption_keys.shape[0]
+    def store_(self, position: int, keys_values: Tensor) -> None:
+        """Takes in the keys and values, (2, H, R, D), of the image tokens at raster index `position`."""
+        self.memory[:, :, :, self.plan.slot(position)] = keys_values
 
-    def repeat(self, n: int) -> "KeyValueCache":
-        """Gives a new cache with every row n times, copies side by side: one prefill serves n candidates.
-
-        Raises ValueError for n below 1.
-        """
-        if n < 1:
-            raise ValueError(f"cache cannot be repeated {n} times; the least is 1")
-        return KeyValueCache([layer.repeat(n) for layer in self.layers], self.n_image_tokens)
-
-
-def start_cache(k: Tensor, v: Tensor, plan: AttentionPlan) -> LayerCache:
-    """Starts a layer's cache from the caption's keys and values, (B, H, 1 + T, D) each."""
-    shape = (*k.shape[:2], plan.n_image - 1, k.shape[3])
-    return LayerCache(k.contiguous(), v.contiguous(), k.new_zeros(shape), v.new_zeros(shape))
-
-
-def attend_step_(
-    q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, position: int, plan: AttentionPlan
-) -> Tensor:
-    """Stores the key and value of the image token at `position`, then attends from it: (B, H, 1, D) each way.
-
-    Only the caption and the allowed image entries are read.
-    """
-    cache.image_keys[:, :, position] = k[:, :, 0]
-    cache.image_values[:, :, position] = v[:, :, 0]
-    allowed = plan.step_keys(position, q.device)
-    image_keys = cache.image_keys[:, :, allowed]  # (B, H, K, D)
-    image_values = cache.image_values[:, :, allowed]  # (B, H, K, D)
-
-    q = q * q.shape[-1] ** -0.5
-    scores = torch.cat([q @ cache.caption_keys.mT, q @ image_keys.mT], dim=-1)  # (B, H, 1, 1 + T + K)
-    joint = scores.softmax(dim=-1).to(v.dtype)
-    caption, image = joint.tensor_split([plan.n_caption], dim=-1)
-    return caption @ cache.caption_values + image @ image_values  # (B, H, 1, D)
+    def visible(self, position: int) -> Tensor:
+        """Gives the keys and values that the tokens at `position` may read, their own too: (2, H, R, W, D)."""
+        slots = self.plan.visible_slots(position, self.memory.device)
+        return self.memory[:, :, :, slots] if isinstance(slots, slice) else self.memory.index_select(3, slots)

@@ -94,6 +94,7 @@ class DallePipeline:
         self._folder: Path | None = None  # where it was loaded from
         self._model_sha256: str | None = None
         self._has_auto_dtype = False
+        self._engine = Engine(transformer)  # keeps the weights ready to draw from call to call
 
     # Load, place, save
 
@@ -433,8 +434,8 @@ class DallePipeline:
             )
         return Transformer.from_pretrained(self._folder / "transformer").eval().to(self.device, dtype)
 
-    @staticmethod
     def _draw(
+        self,
         transformer: Transformer,
         text: Tensor,
         seeds: Sequence[int],
@@ -444,7 +445,9 @@ class DallePipeline:
         rows_per_batch: int,
     ) -> Tensor:
         known = None if completion is None else torch.tensor(completion.known)
-        tokens = Engine(transformer).generate(
+        if self._engine.transformer is not transformer:
+            self._engine = Engine(transformer)
+        tokens = self._engine.generate(
             text, seeds, options, known=known, on_row_end=on_row_end, rows_per_batch=rows_per_batch
         )
         return tokens.cpu()  # (R, G, G)

@@ -29,13 +29,9 @@ from torch.nn import functional as F
 from dalle import weights
 from dalle.attention import (
     AttentionPlan,
-    KeyValueCache,
-    LayerCache,
     LayerKind,
     attend,
-    attend_step_,
     layer_kinds,
-    start_cache,
 )
 from dalle.config import Config
 
@@ -127,14 +123,10 @@ class AttentionResblock(nn.Module):
         """Runs the whole stream, (B, S, C) -> (B, S, C)."""
         return self._add(x, attend(*self._project(x), self.plan))
 
-    def prefill(self, x: Tensor) -> tuple[Tensor, LayerCache]:
-        """Runs the caption part, (B, 1 + T, C) -> (B, 1 + T, C), and keeps its keys and values."""
+    def prefill(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Runs the caption part, (B, 1 + T, C) -> (B, 1 + T, C), and gives its keys and values (B, H, 1 + T, D)."""
         q, k, v = self._project(x)
-        return self._add(x, attend(q, k, v, self.plan)), start_cache(k, v, self.plan)
-
-    def step(self, x: Tensor, cache: LayerCache, position: int) -> Tensor:
-        """Runs the image token at raster index `position`, (B, 1, C) -> (B, 1, C); the cache takes it in."""
-        return self._add(x, attend_step_(*self._project(x), cache, position, self.plan))
+        return self._add(x, attend(q, k, v, self.plan)), k, v
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         heads: Tensor = self.qkv(self.norm(x))  # (B, S, 3 C)
@@ -268,40 +260,20 @@ class Transformer(nn.Module):
         return Losses(TEXT_WEIGHT * text_loss + IMAGE_WEIGHT * image_loss, text_loss, image_loss)
 
     @torch.no_grad()
-    def prefill(self, text: Tensor) -> tuple[Tensor, KeyValueCache]:
-        """Reads captions (B, T) and gives the first image token's logits (B, K), and the cache for `step`.
+    def prefill(self, text: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Reads captions (B, T): the state (B, C) that predicts the first image token, and each layer's keys and values.
 
-        Raises ValueError for another shape, and on CPU for ids out of range.
+        Keys and values are (B, H, 1 + T, D); `dalle.generation.decoder` draws on from there. Raises ValueError for
+        another shape, and on CPU for ids out of range.
         """
         self._check_text(text)
         x = self._embed_caption(text)  # (B, 1 + T, C)
-        caches = []
+        keys_values = []
         for layer in cast(Iterable[Layer], self.layers):
-            x, cache = layer.attention.prefill(x)
+            x, keys, values = layer.attention.prefill(x)
             x = layer.mlp(x)
-            caches.append(cache)
-        return _logits(self.image_head, self.norm(x[:, -1])), KeyValueCache(caches)
-
-    @torch.no_grad()
-    def step(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
-        """Reads the next image token of each row, (B,) int64, and gives the logits (B, K) of the one after.
-
-        The cache takes the tokens in. Raises ValueError for another batch size, when all N - 1 input tokens
-        were read, and on CPU for ids out of range.
-        """
-        position = cache.n_image_tokens
-        if position >= self.config.n_image_tokens - 1:
-            raise ValueError(
-                f"cache holds {position} image tokens; a picture has {self.config.n_image_tokens}, and"
-                " the last is never read: prefill again for another picture"
-            )
-        self._check_image(tokens, (cache.batch_size,))
-        x = self._embed_image(tokens[:, None], position)  # (B, 1, C)
-        for layer, layer_cache in zip(cast(Iterable[Layer], self.layers), cache.layers, strict=True):
-            x = layer.attention.step(x, layer_cache, position)
-            x = layer.mlp(x)
-        cache.n_image_tokens += 1
-        return _logits(self.image_head, self.norm(x[:, -1]))
+            keys_values.append((keys, values))
+        return x[:, -1], keys_values
 
     def set_dropout(self, share: float) -> None:
         """Sets the share (0..1) of each resblock's output channels that training drops; 0 until set."""
@@ -331,11 +303,14 @@ class Transformer(nn.Module):
         tokens = torch.where((text >= n_vocab)[..., None], self.text_pad.weight, tokens)
         return torch.cat([self.start.weight.expand(len(text), 1, -1), tokens], dim=1)
 
-    def _embed_image(self, tokens: Tensor, start: int = 0) -> Tensor:
-        """Embeds image tokens from raster index `start` on, (B, n) -> (B, n, C)."""
-        positions = self.image_row.weight[:, None] + self.image_column.weight  # (G, G, C)
+    def image_positions(self) -> Tensor:
+        """What each place of the grid adds to its token's embedding, in raster order: (N, C)."""
+        return (self.image_row.weight[:, None] + self.image_column.weight).flatten(0, 1)
+
+    def _embed_image(self, tokens: Tensor) -> Tensor:
+        """Embeds the first n image tokens, (B, n) -> (B, n, C)."""
         embedded: Tensor = self.image_token(tokens)  # (B, n, C)
-        return embedded + positions.flatten(0, 1)[start : start + tokens.shape[1]]
+        return embedded + self.image_positions()[: tokens.shape[1]]
 
     def _check_text(self, text: Tensor) -> None:
         n_text, n_vocab = self.config.n_text_tokens, self.config.n_text_vocab

@@ -10,10 +10,9 @@ from dalle.attention import (
     LAYER_KINDS,
     SPLIT_FROM_GRID,
     AttentionPlan,
-    KeyValueCache,
+    ImageCache,
     allowed_image_keys,
     attend,
-    attend_step_,
     dense_mask,
     explicit_attention,
     flex_attention,
@@ -21,7 +20,6 @@ from dalle.attention import (
     layer_kinds,
     masked_attention,
     split_attention,
-    start_cache,
 )
 
 
@@ -151,29 +149,27 @@ def test_cut_streams_see_what_whole_streams_see(kind: str, n_slots: int) -> None
 
 
 @pytest.mark.parametrize("kind", LAYER_KINDS)
-def test_cached_steps_equal_dense_masked_attention(kind: str) -> None:
-    plan = AttentionPlan(kind, 4, 4, 3)
-    q, k, v = (x.detach() for x in random_heads(plan))
-    whole = masked_attention(q, k, v, plan)
-    cache = start_cache(k[:, :, : plan.n_caption], v[:, :, : plan.n_caption], plan)
-    for position in range(plan.n_image - 1):
-        now = slice(plan.n_caption + position, plan.n_caption + position + 1)
-        step = attend_step_(q[:, :, now], k[:, :, now], v[:, :, now], cache, position, plan)
-        torch.testing.assert_close(step, whole[:, :, now], rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize(("grid", "kernel"), [(2, 3), (4, 3), (4, 1), (5, 3), (5, 9), (8, 11)])
+def test_an_image_cache_shows_each_token_exactly_its_masks_keys(kind: str, grid: int, kernel: int) -> None:
+    plan = AttentionPlan(kind, 3, grid, kernel)
+    cache = ImageCache(plan, 2, 1, 1, torch.zeros(()))
+    cache.memory.fill_(torch.nan)  # what was never stored must never be read
+    memory = cache.memory.data_ptr()
+    for position in range(grid * grid - 1):
+        marks = (
+            torch.tensor([0.25, -0.25]).view(2, 1, 1, 1) + position
+        )  # keys and values tell themselves apart
+        cache.store_(position, marks.expand(2, 1, 2, 1))
+        seen = cache.visible(position)[..., 0]  # (2, H, R, W)
+        expected = torch.tensor(allowed_image_keys(kind, position, grid, kernel), dtype=torch.float32)
+        for half, mark in enumerate((0.25, -0.25)):
+            assert torch.equal(seen[half, 0].sort(dim=-1).values, (expected + mark).expand(2, -1))
+    assert cache.memory.data_ptr() == memory
 
 
-def test_repeated_caches_hold_each_row_n_times_and_share_nothing() -> None:
-    plan = AttentionPlan("row", 4, 3, 3)
-    _, k, v = (x.detach() for x in random_heads(plan))
-    cache = KeyValueCache([start_cache(k[:, :, :5], v[:, :, :5], plan)], n_image_tokens=2)
-    wide = cache.repeat(3)
-    assert (wide.batch_size, wide.n_image_tokens) == (6, 2)
-    assert torch.equal(wide.layers[0].caption_keys, k[[0, 0, 0, 1, 1, 1], :, :5])
-    wide.layers[0].image_keys[0] = 1.0
-    assert not wide.layers[0].image_keys[1:].any()
-    assert not cache.layers[0].image_keys.any()
-    with pytest.raises(ValueError, match="0 times"):
-        cache.repeat(0)
+def test_an_image_cache_holds_what_the_ring_formula_says() -> None:
+    slots = {kind: AttentionPlan(kind, 256, 32, 11).n_slots for kind in LAYER_KINDS}
+    assert slots == {"row": 33, "column": 1024, "conv": 5 * 32 + 5 + 1, "dense": 1023}
 
 
 @pytest.mark.parametrize("grid", [3, 12])

@@ -138,6 +138,36 @@ def test_the_batch_size_does_not_change_the_tokens(rows_per_batch: int) -> None:
     assert torch.equal(engine.generate(text, seeds, options, rows_per_batch=rows_per_batch), expected)
 
 
+MIXED = (
+    {"temperature": 0},
+    {"guidance": 3},
+    {"top_k": 3},
+    {"guidance": 2, "top_p": 0.7},
+    {"guidance": 3},
+    {},
+)
+
+
+@pytest.mark.parametrize("rows_per_batch", [2, 6])
+def test_pictures_with_settings_of_their_own_are_drawn_as_alone(rows_per_batch: int) -> None:
+    engine, text = Engine(build()), captions(3)
+    options = [GenerationOptions.model_validate(one) for one in MIXED]
+    known = torch.full((6, N_TOKENS), -1)
+    known[1, :5], known[4, 7:9] = 2, 11
+    together = engine.generate(text, list(range(6)), options, known=known, rows_per_batch=rows_per_batch)
+    for row in range(6):
+        alone = engine.generate(text[row // 2 : row // 2 + 1], [row], options[row], known=known[row])
+        assert torch.equal(alone[0], together[row])
+        assert torch.equal(
+            alone[0], slow_twin(engine.transformer, text[row // 2], row, options[row], known[row])
+        )
+
+
+def test_settings_for_another_number_of_pictures_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 options for 3 seeds"):
+        Engine(build()).generate(captions(1), [0, 1, 2], [GenerationOptions()] * 2)
+
+
 def test_known_tokens_come_back_unchanged_and_the_rest_follows_them() -> None:
     engine, text = Engine(build()), captions(1)
     drawn = engine.generate(text, [0, 1], known=KNOWN_ROWS)

@@ -8,9 +8,9 @@ from dalle.generation.sampling import (
     MAX_SEED,
     combine_guidance,
     inverse_cdf,
-    keep_top_k,
     keep_top_p,
     sample,
+    top_k_of,
     uniforms,
 )
 
@@ -47,16 +47,27 @@ def test_guidance_is_linear_between_the_two_logits() -> None:
     assert torch.equal(combine_guidance(cond, uncond, 3.0), torch.tensor([[-3.0, 8.0]]))
 
 
-def test_top_k_keeps_exactly_k_even_among_ties() -> None:
-    kept = keep_top_k(torch.tensor([[0.0, 2.0, 1.0, 3.0], [1.0, 1.0, 1.0, 1.0]]), 2)
-    assert kept[0].tolist() == [-torch.inf, 2.0, -torch.inf, 3.0]
-    assert int(kept[1].isfinite().sum()) == 2
+def test_top_k_keeps_exactly_k_even_among_ties_in_the_order_of_the_tokens() -> None:
+    logits, tokens = top_k_of(torch.tensor([[3.0, 2.0, 1.0, 4.0], [1.0, 1.0, 1.0, 1.0]]), 2)
+    assert (logits[0].tolist(), tokens[0].tolist()) == ([3.0, 4.0], [0, 3])
+    assert tokens.shape == (2, 2) and int(tokens[1, 0]) < int(tokens[1, 1])
 
 
 def test_top_k_of_the_whole_vocabulary_or_more_changes_nothing() -> None:
-    logits = torch.tensor([[0.0, 2.0]])
-    assert torch.equal(keep_top_k(logits, 2), logits)
-    assert torch.equal(keep_top_k(logits, 100), logits)
+    logits = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    uniform = uniforms(0, 50)
+    expected = sample(logits, uniform, GenerationOptions())
+    for k in (6, 100):
+        assert torch.equal(sample(logits, uniform, GenerationOptions(top_k=k)), expected)
+
+
+def test_top_k_draws_the_k_likeliest_with_their_own_odds() -> None:
+    logits = torch.randn(256, generator=torch.Generator().manual_seed(0))
+    uniform = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
+    drawn = sample(logits.expand(20000, 256), uniform, GenerationOptions(top_k=5))
+    best = logits.topk(5).indices
+    expected = torch.zeros(256).scatter(0, best, logits[best].softmax(0))
+    assert torch.allclose(drawn.bincount(minlength=256) / 20000, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +105,31 @@ def test_inverse_cdf_never_returns_a_zero_at_the_extremes_of_many_random_rows() 
     for u in (0.0, BELOW_ONE):
         drawn = inverse_cdf(probabilities, torch.full((400,), u, dtype=torch.float64))
         assert bool((probabilities.gather(1, drawn[:, None]) > 0).all())
+
+
+def slow_inverse_cdf(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The definition: one running sum in float64 over all tokens."""
+    cdf = probabilities.double().cumsum(-1)
+    return ((cdf > uniform[:, None] * cdf[:, -1:]) & (probabilities > 0)).to(torch.uint8).argmax(-1)
+
+
+@pytest.mark.parametrize("n_tokens", [128, 256, 8192, 300, 1])
+def test_searching_block_by_block_finds_the_token_of_one_running_sum(n_tokens: int) -> None:
+    generator = torch.Generator().manual_seed(n_tokens)
+    probabilities = (4 * torch.randn(500, n_tokens, generator=generator)).softmax(-1)
+    probabilities *= torch.rand(500, n_tokens, generator=generator) < 0.5
+    probabilities[:, -1] += 1e-9  # no row of zeros
+    uniform = torch.rand(500, generator=generator, dtype=torch.float64)
+    assert torch.equal(inverse_cdf(probabilities, uniform), slow_inverse_cdf(probabilities, uniform))
+
+
+def test_a_token_far_rarer_than_float32_can_add_is_drawn_where_it_lies() -> None:
+    probabilities = torch.zeros(1, 8192)
+    probabilities[0, 3], probabilities[0, 5000] = 1.0, 1e-12
+    drawn = [
+        int(inverse_cdf(probabilities, torch.tensor([u], dtype=torch.float64))) for u in (0.5, BELOW_ONE)
+    ]
+    assert drawn == [3, 5000]
 
 
 def test_sampled_frequencies_are_the_softmax_at_the_temperature() -> None:

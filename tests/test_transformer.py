@@ -212,42 +212,9 @@ def test_image_positions_are_a_row_and_a_column_term() -> None:
     embedded = model._embed_image(torch.full((1, GRID * GRID), 3))[0]
     expected = model.image_token.weight[3] + model.image_row.weight[2] + model.image_column.weight[1]
     torch.testing.assert_close(embedded[2 * GRID + 1], expected)
-    torch.testing.assert_close(model._embed_image(torch.tensor([[3]]), 2 * GRID + 1)[0, 0], expected)
 
 
-# Cached decoding
-
-
-@pytest.mark.parametrize(
-    "layers", [*((kind, kind) for kind in LAYER_KINDS), ("row", "column", "row", "conv", "dense")]
-)
-def test_cached_decode_equals_full_forward(layers: tuple[str, ...]) -> None:
-    model = lively(small_config(*layers)).eval()
-    text, image = batch()
-    logits, cache = model.prefill(text)
-    decoded = [logits, *(model.step(image[:, i], cache) for i in range(GRID * GRID - 1))]
-    torch.testing.assert_close(torch.stack(decoded, 1), model(text, image)[1], rtol=1e-4, atol=1e-5)
-    assert cache.n_image_tokens == GRID * GRID - 1
-
-
-def test_decoding_from_a_repeated_cache_equals_repeated_captions() -> None:
-    model = lively(small_config("row", "column", "conv")).eval()
-    text, image = batch(6)
-    text = text[[0, 0, 0, 1, 1, 1]]
-    logits, cache = model.prefill(text[::3])
-    cache = cache.repeat(3)
-    decoded = [logits.repeat_interleave(3, 0), *(model.step(image[:, i], cache) for i in range(8))]
-    torch.testing.assert_close(torch.stack(decoded, 1), model(text, image)[1][:, :9], rtol=1e-4, atol=1e-5)
-
-
-def test_stepping_past_the_last_token_is_refused() -> None:
-    model = Transformer(small_config("row"))
-    text, image = batch(1)
-    _, cache = model.prefill(text)
-    for i in range(GRID * GRID - 1):
-        model.step(image[:, i], cache)
-    with pytest.raises(ValueError, match="a picture has 16"):
-        model.step(image[:, -1], cache)
+# Precision
 
 
 def test_logits_are_fp32_under_autocast_and_in_a_bf16_model() -> None:
@@ -257,11 +224,10 @@ def test_logits_are_fp32_under_autocast_and_in_a_bf16_model() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         mixed = model(text, image)[1]
     half = model.to(torch.bfloat16)
-    logits, cache = half.prefill(text)
-    stepped = half.step(image[:, 0], cache)
-    assert {mixed.dtype, logits.dtype, stepped.dtype} == {torch.float32}
+    rounded = half(text, image)[1]
+    assert {mixed.dtype, rounded.dtype} == {torch.float32}
     torch.testing.assert_close(mixed, exact, rtol=0.1, atol=0.1)
-    torch.testing.assert_close(stepped, exact[:, 1], rtol=0.1, atol=0.1)
+    torch.testing.assert_close(rounded, exact, rtol=0.1, atol=0.1)
 
 
 def test_under_autocast_logits_equal_the_fp32_product_and_gradients_are_near_its_own() -> None:
@@ -291,9 +257,6 @@ def test_ids_out_of_range_are_refused() -> None:
         model(text, image.masked_fill(image == image[0, 0], -1))
     with pytest.raises(ValueError, match="another position's pad at position 4; its pad id is 24"):
         model.prefill(torch.tensor([[1, 2, 3, 4, 23]]))
-    _, cache = model.prefill(text)
-    with pytest.raises(ValueError, match="image has id 30"):
-        model.step(torch.tensor([0, 30]), cache)
 
 
 def test_wrong_shapes_are_refused() -> None:
@@ -303,9 +266,6 @@ def test_wrong_shapes_are_refused() -> None:
         model.prefill(text[:, :4])
     with pytest.raises(ValueError, match=r"shape \(2, 15\); the model reads \(2, 16\)"):
         model(text, image[:, :-1])
-    _, cache = model.prefill(text)
-    with pytest.raises(ValueError, match=r"shape \(1,\); the model reads \(2,\)"):
-        model.step(image[:1, 0], cache)
 
 
 @pytest.mark.long

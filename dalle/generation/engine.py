@@ -13,12 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dalle.generation.decoder import Decoder
 from dalle.generation.options import GenerationOptions
-from dalle.generation.sampling import MAX_SEED, combine_guidance, sample, uniforms
+from dalle.generation.sampling import MAX_SEED, Chooser, uniforms
 from dalle.transformer import Transformer
 
 ROWS_PER_BATCH = 64  # pictures drawn side by side; guidance doubles the rows that the transformer sees
 MAX_ROWS_PER_BATCH = 1024  # a recipe names all of them
+
+WeightState = list[tuple[int, int]]  # where each weight lies, and how often it was written
 
 # (grid row just finished, tokens (R, G, G) so far with -1 where nothing is drawn yet) -> True stops the run
 RowCallback = Callable[[int, Tensor], bool | None]
@@ -54,10 +57,11 @@ def plan_batches(n_captions: int, n_per_caption: int, rows_per_batch: int = ROWS
 
 
 class Engine:
-    """Draws image tokens with one transformer; it keeps nothing from call to call."""
+    """Draws image tokens with one transformer; of a call it keeps nothing."""
 
     def __init__(self, transformer: Transformer) -> None:
         self.transformer = transformer
+        self._decoder: tuple[Decoder, WeightState] | None = None
 
     # no_grad, not inference_mode: tensors that the model caches during a call must stay usable in training.
     @torch.no_grad()
@@ -65,7 +69,7 @@ class Engine:
         self,
         text: Tensor,
         seeds: Sequence[int],
-        options: GenerationOptions | None = None,
+        options: GenerationOptions | Sequence[GenerationOptions] | None = None,
         *,
         known: Tensor | None = None,
         on_row_end: RowCallback | None = None,
@@ -73,13 +77,13 @@ class Engine:
     ) -> Tensor:
         """Draws len(seeds) / B pictures for each of B captions.
 
-        A picture's tokens depend on its caption and seed alone, not on its neighbours (in float32).
+        A picture's tokens depend on its caption, seed and options alone, not on its neighbours (in float32).
 
         Args:
             text: (B, T) int64, padded caption tokens.
             seeds: one for each picture, those of the first caption first.
-            options: the paper's sampling when None.
-            known: (N,) int64, tokens that every picture must have, -1 where they are to be drawn.
+            options: for all, or one for each picture; the paper's sampling when None.
+            known: (N,) int64, or (R, N), one a picture: tokens that it must have, -1 where they are to be drawn.
             on_row_end: called after each finished grid row of a batch; returning True ends the run.
             rows_per_batch: the most pictures drawn side by side.
 
@@ -91,11 +95,13 @@ class Engine:
             FloatingPointError: the transformer's logits hold NaN.
         """
         options = GenerationOptions() if options is None else options
-        self._check(text, seeds, known)
+        each = [options] * len(seeds) if isinstance(options, GenerationOptions) else list(options)
+        self._check(text, seeds, each, known)
         grid, n_tokens = self.transformer.config.grid_size, self.transformer.config.grid_size**2
         text = text.to(next(self.transformer.parameters()).device)
         tokens = torch.full((len(seeds), n_tokens), -1, dtype=torch.int64, device=text.device)  # (R, N)
-        forced = [-1] * n_tokens if known is None else [int(token) for token in known.tolist()]
+        forced = tokens if known is None else known.to(text.device).expand_as(tokens)  # (R, N)
+        forced = forced.clone()
 
         def finish_row(row: int) -> bool:
             return on_row_end is not None and bool(on_row_end(row, tokens.clone().view(-1, grid, grid)))
@@ -106,7 +112,7 @@ class Engine:
             if text.device.type != "mps":  # no float64 there: sampling moves one column at a time
                 noise = noise.to(text.device)
             captions = text[batch.captions.start : batch.captions.stop]
-            if self._draw_(tokens[rows], captions, noise, forced, options, finish_row):
+            if self._draw_(tokens[rows], captions, noise, forced[rows], each[rows], finish_row):
                 break
         return tokens.view(-1, grid, grid)  # (R, G, G)
 
@@ -115,29 +121,29 @@ class Engine:
         tokens: Tensor,
         text: Tensor,
         noise: Tensor,
-        forced: Sequence[int],
-        options: GenerationOptions,
+        known: Tensor,
+        options: Sequence[GenerationOptions],
         finish_row: Callable[[int], bool],
     ) -> bool:
         """Fills `tokens` (rows, N) in place; True when `finish_row` asked to stop."""
-        grid = self.transformer.config.grid_size
-        is_guided = options.guidance != 1
-        if is_guided:
-            text = torch.cat([text, self.null_caption().to(text.device).expand_as(text)])  # (2B, T)
-        first, cache = self.transformer.prefill(text)
-        n_repeats = len(tokens) * (2 if is_guided else 1) // len(text)
-        cache = cache.repeat(n_repeats)
-        logits = first.repeat_interleave(n_repeats, dim=0)  # (rows or 2 rows, K)
+        grid, decoder = self.transformer.config.grid_size, self.decoder()
+        n_pictures = [len(tokens) // len(text)] * len(text)
+        chooser = Chooser(options, tokens.device)
+        if chooser.guided:  # these pictures are read a second time, after the empty caption
+            text = torch.cat([text, self.null_caption().to(text.device)])
+            n_pictures.append(len(chooser.guided))
+        is_known, is_drawn = (known >= 0).any(dim=0).tolist(), (known < 0).any(dim=0).tolist()
         is_nan = torch.zeros((), dtype=torch.bool, device=tokens.device)
-        for position, token in enumerate(forced):
-            if token >= 0:
-                tokens[:, position] = token
-            else:
-                if is_guided:
-                    conditional, unconditional = logits.float().chunk(2)
-                    logits = combine_guidance(conditional, unconditional, options.guidance)
-                is_nan |= logits.isnan().any()
-                tokens[:, position] = sample(logits, noise[:, position], options)
+        state, stream = decoder.start(text, n_pictures)
+        for position in range(tokens.shape[1]):
+            if is_drawn[position]:
+                logits = decoder.logits(state)
+                is_nan |= logits.amax().isnan()
+                tokens[:, position] = chooser(logits, noise[:, position])
+            if is_known[position]:
+                tokens[:, position] = torch.where(
+                    known[:, position] >= 0, known[:, position], tokens[:, position]
+                )
             if (position + 1) % grid == 0:
                 row = position // grid
                 if is_nan.item():  # looked at once a row: reading it makes a GPU wait
@@ -146,17 +152,29 @@ class Engine:
                     )
                 if finish_row(row):
                     return True
-            if position + 1 < len(forced):
-                drawn = tokens[:, position]
-                logits = self.transformer.step(drawn.repeat(2) if is_guided else drawn.clone(), cache)
+            if position + 1 < tokens.shape[1]:
+                state = decoder.step(chooser.read(tokens[:, position]), stream)
         return False
+
+    def decoder(self) -> Decoder:
+        """The transformer made ready to draw: made once, and again when its weights have changed."""
+        weights = [(weight.data_ptr(), weight._version) for weight in self.transformer.parameters()]
+        if self._decoder is None or self._decoder[1] != weights:
+            self._decoder = (Decoder(self.transformer), weights)
+        return self._decoder[0]
 
     def null_caption(self) -> Tensor:
         """The empty caption, (1, T) int64: the pad token of every position."""
         config = self.transformer.config
         return (config.n_text_vocab + torch.arange(config.n_text_tokens))[None]
 
-    def _check(self, text: Tensor, seeds: Sequence[int], known: Tensor | None) -> None:
+    def _check(
+        self,
+        text: Tensor,
+        seeds: Sequence[int],
+        options: Sequence[GenerationOptions],
+        known: Tensor | None,
+    ) -> None:
         config = self.transformer.config
         if text.ndim != 2 or text.shape[0] == 0 or text.shape[1] != config.n_text_tokens:
             raise ValueError(
@@ -177,11 +195,16 @@ class Engine:
             raise ValueError(
                 f"seeds are {min(seeds)}..{max(seeds)}; allowed are 0..{MAX_SEED}: choose smaller ones"
             )
+        if len(options) != len(seeds):
+            raise ValueError(
+                f"{len(options)} options for {len(seeds)} seeds; give one for all, or one for each picture"
+            )
         if known is None:
             return
-        if tuple(known.shape) != (config.grid_size**2,):
+        n_tokens = config.grid_size**2
+        if tuple(known.shape) not in ((n_tokens,), (len(seeds), n_tokens)):
             raise ValueError(
-                f"known has shape {tuple(known.shape)}; it must be ({config.grid_size**2},), one a token"
+                f"known has shape {tuple(known.shape)}; it must be ({n_tokens},), one a token, or that for each picture"
             )
         if int(known.min()) < -1 or int(known.max()) >= config.n_image_vocab:
             raise ValueError(

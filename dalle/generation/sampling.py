@@ -6,12 +6,15 @@ Shapes: B rows, K image tokens in the vocabulary, N image tokens of a picture.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from dalle.generation.options import GenerationOptions
 
 MAX_SEED = 2**63 - 1
+SCAN_BLOCK = 128  # tokens whose probabilities are summed together before the one drawn is looked for
 MIN_TEMPERATURE = 1e-6  # below it the draw is the likeliest token anyway, and the division could overflow
 
 
@@ -28,7 +31,7 @@ def uniforms(seed: int, n_tokens: int) -> Tensor:
     return torch.rand(n_tokens, generator=generator, dtype=torch.float64)
 
 
-def combine_guidance(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+def combine_guidance(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
     """Logits (B, K) moved away from what the empty caption says: uncond + scale * (cond - uncond)."""
     return unconditional + scale * (conditional - unconditional)
 
@@ -38,12 +41,14 @@ def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
     return logits / temperature
 
 
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Logits (B, K) with all but the k largest of each row at -inf; k >= K keeps all, ties keep exactly k."""
-    if k >= logits.shape[-1]:
-        return logits
-    values, indices = logits.topk(k, dim=-1)  # (B, k)
-    return torch.full_like(logits, -torch.inf).scatter(-1, indices, values)
+def top_k_of(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest logits of each row and their tokens, (B, k) each, in the order of the tokens; ties keep exactly k.
+
+    In that order, and not by size, logits that differ by rounding alone draw the same token.
+    """
+    _, tokens = logits.topk(min(k, logits.shape[-1]), dim=-1, sorted=False)
+    tokens = tokens.sort(dim=-1).values
+    return logits.gather(-1, tokens), tokens
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
@@ -68,13 +73,27 @@ def inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """
     # float64: over thousands of tokens a float32 running sum loses the rarest of them. MPS has no float64.
     precise = torch.float32 if probabilities.device.type == "mps" else torch.float64
-    cdf = probabilities.cumsum(dim=-1, dtype=precise)  # (B, K)
+    n_tokens = probabilities.shape[-1]
+    width = SCAN_BLOCK if n_tokens % SCAN_BLOCK == 0 else n_tokens
+    blocks = probabilities.reshape(*probabilities.shape[:-1], -1, width)  # (B, n, width)
+    # First the block, then the token in it: a running sum over all tokens would cost more than the softmax.
+    totals = blocks.sum(dim=-1, dtype=precise)  # (B, n)
+    cdf = totals.cumsum(dim=-1)  # (B, n)
     threshold = uniform.to(cdf.device, precise) * cdf[..., -1]  # (B,)
-    # A parallel scan may round a flat stretch of the sum up by an ulp: hence the second condition.
-    candidates = (cdf > threshold[..., None]) & (probabilities > 0)
-    # argmax of a mask is its first True. No True at all can only come from rounding at u ~ 1.
-    first = candidates.to(torch.uint8).argmax(dim=-1)
-    return torch.where(candidates.any(dim=-1), first, probabilities.argmax(dim=-1))
+    block = _first_above(cdf, threshold, totals)[..., None]  # (B, 1)
+    before = (cdf - totals).gather(-1, block)[..., 0]  # (B,)
+    inside = blocks.take_along_dim(block[..., None], dim=-2)[..., 0, :]  # (B, width)
+    token = _first_above(inside.cumsum(dim=-1, dtype=precise), threshold - before, inside)
+    return block[..., 0] * width + token
+
+
+def _first_above(cdf: Tensor, threshold: Tensor, shares: Tensor) -> Tensor:
+    """The first place of each row whose share is positive and whose cdf exceeds the threshold: (B, n) -> (B,)."""
+    # A parallel scan may round a flat stretch of the sum up by an ulp: hence the condition on shares.
+    above = (cdf > threshold[..., None]) & (shares > 0)
+    last = shares.shape[-1] - 1 - (shares > 0).flip(-1).to(torch.uint8).argmax(dim=-1)
+    # argmax of a mask is its first True. No True at all can only come from rounding: then the last of any share.
+    return torch.where(above.any(dim=-1), above.to(torch.uint8).argmax(dim=-1), last)
 
 
 def sample(logits: Tensor, uniform: Tensor, options: GenerationOptions) -> Tensor:
@@ -91,8 +110,50 @@ def sample(logits: Tensor, uniform: Tensor, options: GenerationOptions) -> Tenso
     if options.temperature < MIN_TEMPERATURE:
         return logits.argmax(dim=-1)
     logits = apply_temperature(logits, options.temperature)
-    if options.top_k is not None:
-        logits = keep_top_k(logits, options.top_k)
+    tokens = None
+    if options.top_k is not None and options.top_k < logits.shape[-1]:
+        logits, tokens = top_k_of(logits, options.top_k)
     if options.top_p is not None and options.top_p < 1:
         logits = keep_top_p(logits, options.top_p)
-    return inverse_cdf(logits.softmax(dim=-1), uniform)
+    place = inverse_cdf(logits.softmax(dim=-1), uniform)
+    return place if tokens is None else tokens.gather(-1, place[..., None])[..., 0]
+
+
+class Chooser:
+    """Chooses the next token of pictures side by side, each with its own options.
+
+    Guided pictures are read twice: the stream has a row for each picture, then one more for each guided picture,
+    after the empty caption.
+    """
+
+    def __init__(self, options: Sequence[GenerationOptions], device: torch.device) -> None:
+        self.guided = [row for row, one in enumerate(options) if one.guidance != 1]  # which pictures
+        scales = [options[row].guidance for row in self.guided]
+        self._scales = torch.tensor(scales, dtype=torch.float32, device=device)[:, None]
+        self._n_pictures = len(options)
+        self._reads = torch.tensor([*range(len(options)), *self.guided], device=device)
+        alike: dict[tuple[object, ...], list[int]] = {}
+        for row, one in enumerate(options):
+            alike.setdefault((one.temperature, one.top_k, one.top_p), []).append(row)
+        self._alike = [(options[rows[0]], torch.tensor(rows, device=device)) for rows in alike.values()]
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """The token that each row of the stream reads next: those of the pictures (R,), and of guided ones again."""
+        return tokens[self._reads]
+
+    def __call__(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """The next token of each picture, (R,) int64, from all logits (R + guided, K) and uniform numbers (R,)."""
+        logits = logits.float()
+        if self.guided:
+            logits, unconditional = logits.split_with_sizes([self._n_pictures, len(self.guided)])
+            if len(self.guided) == self._n_pictures:
+                logits = combine_guidance(logits, unconditional, self._scales)
+            else:
+                guided = combine_guidance(logits[self.guided], unconditional, self._scales)
+                logits = logits.index_copy(0, self._reads[self._n_pictures :], guided)
+        if len(self._alike) == 1:
+            return sample(logits, uniform, self._alike[0][0])
+        chosen = torch.empty(self._n_pictures, dtype=torch.int64, device=logits.device)
+        for options, rows in self._alike:
+            chosen[rows] = sample(logits[rows], uniform[rows], options)
+        return chosen

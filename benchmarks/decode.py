@@ -1,0 +1,219 @@
+"""How near drawing comes to what the machine allows: time of a token step over its floor, memory, and start-up.
+
+    python benchmarks/decode.py [--quick]          # `make bench`
+
+Everything in one run on this machine. The floor of a step is the larger of two times: that of reading what must be
+read (weights and image head once, a caption's keys and values once, of each picture the image keys that its masks
+allow) at the measured bandwidth, and that of the arithmetic at the best measured bf16 product. Two models with fresh
+weights, which decide nothing here: the bundled model's sizes, and 25 million weights at the paper's 256 + 1024
+positions. Drawn at temperature 1 without guidance; each measurement is a process of its own, the median of its rows.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+from machine import bandwidth, gemm_peak
+
+from dalle.attention import AttentionPlan, allowed_image_keys, layer_kinds
+from dalle.config import load_preset, validate
+from dalle.generation.engine import Engine
+from dalle.generation.options import GenerationOptions
+from dalle.generation.precision import decode_threads, default_dtype, threads
+from dalle.training.recipe import Recipe, transformer_config
+from dalle.transformer import Transformer, TransformerConfig
+
+ROWS = (1, 8, 64, 512)
+WEIGHT_BYTES = 2  # bfloat16
+
+
+def sizes(model: str) -> TransformerConfig:
+    """The sizes of a benchmarked model."""
+    if model == "25M":
+        return TransformerConfig(
+            n_layers=8,
+            n_heads=8,
+            d_head=64,
+            n_text_tokens=256,
+            n_text_vocab=16384,
+            grid_size=32,
+            n_image_vocab=8192,
+        )
+    recipe = validate(Recipe, load_preset("laptop"), "laptop")
+    return transformer_config(
+        recipe.transformer, recipe.dvae, recipe.tokenizer.vocab_size, recipe.tokenizer.max_tokens
+    )
+
+
+def keys_per_step(config: TransformerConfig) -> float:
+    """Image keys that a step reads, of all layers together, mean over the steps."""
+    kinds, n_steps = layer_kinds(config.n_layers, config.layers), config.n_image_tokens - 1
+    keys = {
+        kind: sum(
+            len(allowed_image_keys(kind, t, config.grid_size, config.conv_kernel)) for t in range(n_steps)
+        )
+        for kind in set(kinds)
+    }
+    return sum(keys[kind] for kind in kinds) / n_steps
+
+
+def floor(config: TransformerConfig, n_rows: int, bytes_a_second: float, flops_a_second: float) -> float:
+    """Seconds that a step of `n_rows` pictures of one caption takes at least."""
+    width = config.d_model
+    weights = 12 * config.n_layers * width**2 + config.n_image_vocab * width
+    caption, image = config.n_layers * (1 + config.n_text_tokens), keys_per_step(config)
+    moved = WEIGHT_BYTES * (weights + 2 * width * caption + n_rows * 2 * width * image)
+    flops = n_rows * (2 * weights + 4 * width * (caption + image))
+    return max(moved / bytes_a_second, flops / flops_a_second)
+
+
+def cache_bytes(config: TransformerConfig) -> int:
+    """Image keys and values that one picture keeps, by the formula of the masks."""
+    slots = sum(
+        AttentionPlan(kind, config.n_text_tokens, config.grid_size, config.conv_kernel).n_slots
+        for kind in layer_kinds(config.n_layers, config.layers)
+    )
+    return WEIGHT_BYTES * 2 * config.d_model * slots
+
+
+def draw(model: str, n_rows: int, n_grid_rows: int) -> dict[str, float]:
+    """Seconds a step, the median of the grid rows, and the process's largest memory, bytes."""
+    config = sizes(model)
+    n_threads = decode_threads(config.d_model, n_rows)
+    transformer = Transformer(config).eval().to(default_dtype("cpu"))
+    engine, text = Engine(transformer), torch.randint(config.n_text_vocab, (1, config.n_text_tokens))
+    seconds = list[float]()
+    last = time.perf_counter()
+
+    def on_row_end(row: int, tokens: torch.Tensor) -> bool:
+        nonlocal last
+        now = time.perf_counter()
+        seconds.append((now - last) / config.grid_size)
+        last = now
+        return row + 1 == n_grid_rows
+
+    with threads(n_threads):
+        for _ in range(1 if n_rows > 64 else 2):  # the first pass of few rows warms up
+            seconds.clear()
+            last = time.perf_counter()
+            engine.generate(
+                text,
+                range(n_rows),
+                GenerationOptions(),
+                on_row_end=on_row_end,
+                rows_per_batch=n_rows,
+            )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"step": statistics.median(seconds[1:]), "peak": peak, "threads": n_threads}
+
+
+def in_a_process(*arguments: str) -> dict[str, float]:
+    """What this script prints in a process of its own."""
+    command = [sys.executable, __file__, *arguments]
+    found: dict[str, float] = json.loads(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    )
+    return found
+
+
+START_UP = """
+import json, time
+began = time.perf_counter()
+from dalle import DallePipeline
+pipe = DallePipeline.from_pretrained()
+loaded = time.perf_counter()
+pipe("a red apple, flat fluent style", num_images_per_prompt=4)
+print(json.dumps({"load": loaded - began, "draw_4": time.perf_counter() - loaded}))
+"""
+
+CANDIDATES = """
+import json, time
+from dalle import DallePipeline
+pipe = DallePipeline.from_pretrained()
+pipe("a red apple, flat fluent style")
+began = time.perf_counter()
+pipe("a red apple, flat fluent style", num_images_per_prompt=32, num_candidates=512)
+print(json.dumps({"candidates_512": time.perf_counter() - began}))
+"""
+
+
+def start_up() -> dict[str, float]:
+    """Seconds of what a person waits for, the best of three."""
+
+    def best(command: list[str]) -> dict[str, float]:
+        found = list[dict[str, float]]()
+        for _ in range(3):
+            began = time.perf_counter()
+            out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            whole = time.perf_counter() - began
+            found.append(json.loads(out.splitlines()[-1]) if out.startswith("{") else {"whole": whole})
+        return {name: min(one[name] for one in found) for name in found[0]}
+
+    times = best([sys.executable, "-c", START_UP])
+    times["help"] = best([sys.executable, "-m", "dalle.cli", "--help"])["whole"]
+    times |= best([sys.executable, "-c", CANDIDATES])
+    return times
+
+
+def main() -> None:
+    """Measure, and print tables in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--quick", action="store_true", help="a few grid rows, and no 512 pictures side by side"
+    )
+    parser.add_argument("--only", nargs=3, metavar=("MODEL", "ROWS", "GRID_ROWS"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.only:
+        model, n_rows, n_grid_rows = arguments.only
+        print(json.dumps(draw(model, int(n_rows), int(n_grid_rows))))
+        return
+    moved, computed = bandwidth(), gemm_peak()
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads: {moved / 1e9:.1f} GB/s from memory, "
+        f"{computed / 1e12:.2f} TFLOP/s in bf16\n"
+    )
+    print(
+        "| model | pictures side by side | threads | floor, ms a step | ours, ms a step | of the floor | whole pictures, s |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    peaks = dict[tuple[str, int], float]()
+    for model in ("bundled", "25M"):
+        config = sizes(model)
+        for n_rows in ROWS[:-1] if arguments.quick else ROWS:
+            n_grid_rows = min(4, config.grid_size) if arguments.quick else config.grid_size
+            found = in_a_process("--only", model, str(n_rows), str(n_grid_rows))
+            peaks[model, n_rows] = found["peak"]
+            least = floor(config, n_rows, moved, computed)
+            print(
+                f"| {model} | {n_rows} | {found['threads']} | {1e3 * least:.2f} | {1e3 * found['step']:.2f} "
+                f"| {least / found['step']:.0%} | {found['step'] * config.n_image_tokens:.2f} |",
+                flush=True,
+            )
+    if not arguments.quick:
+        print(
+            "\n| model | memory a picture more (64 to 512), MB | image keys and values by the masks' formula, MB | a dense cache, MB |"
+        )
+        print("|---|---|---|---|")
+        for model in ("bundled", "25M"):
+            config = sizes(model)
+            grown = (peaks[model, 512] - peaks[model, 64]) / (512 - 64)
+            dense = WEIGHT_BYTES * 2 * config.d_model * config.n_layers * (config.n_image_tokens - 1)
+            print(f"| {model} | {grown / 1e6:.2f} | {cache_bytes(config) / 1e6:.2f} | {dense / 1e6:.2f} |")
+    times = start_up()
+    print("\n| what a person waits for (bundled model, best of 3) | s |\n|---|---|")
+    for name, label in (
+        ("help", "`dalle --help`"),
+        ("load", "import and load"),
+        ("draw_4", "4 pictures after that"),
+        ("candidates_512", "512 candidates drawn, decoded and ranked, the best 32 kept"),
+    ):
+        print(f"| {label} | {times[name]:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

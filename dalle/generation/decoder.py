@@ -1,0 +1,188 @@
+"""The decoder: predicts the next image token of many pictures at once, and reads no more than their masks allow.
+
+It computes what `Transformer.forward` computes, from the same weights (the tests compare every token). A caption's keys
+and values are kept once, for all of its pictures; each layer keeps the image keys that it can still read; linear maps
+in bfloat16 on a CPU use weights that oneDNN has laid out before.
+differs: the image head answers in the transformer's dtype. In bfloat16 that moved the distribution of the next token
+by less than the rounding of the weights did (docs/performance.md).
+
+Shapes: P captions, R pictures, T text tokens, N = G * G image tokens, G grid side, C model width, H heads, D head
+width, K image ids, W image keys that a token sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dalle.attention import ImageCache
+from dalle.transformer import Layer, Transformer
+
+
+class Group(NamedTuple):
+    """Pictures side by side of captions side by side, the same number of each."""
+
+    captions: slice
+    pictures: slice
+
+
+class Stream:
+    """Half-drawn pictures: what the layers remember of captions and image tokens. Its memory never grows."""
+
+    def __init__(
+        self, captions: Sequence[tuple[Tensor, Tensor]], images: Sequence[ImageCache], groups: Sequence[Group]
+    ) -> None:
+        self.captions = captions  # of each layer: keys and values, (H, P, 1 + T, D) each
+        self.images = images  # of each layer
+        self.groups = groups
+        self.n_read = 0  # image tokens taken in so far, the same for every picture
+
+
+class Decoder:
+    """A transformer made ready to draw; it must be made anew when the weights change."""
+
+    def __init__(self, transformer: Transformer) -> None:
+        self.transformer = transformer
+        self.config = transformer.config
+        self._layers = [_DecoderLayer(layer) for layer in cast(Iterable[Layer], transformer.layers)]
+        self._norm, self._head = _norm(transformer.norm), _linear(transformer.image_head)
+        self._positions = transformer.image_positions().detach()  # (N, C)
+
+    @torch.no_grad()
+    def start(self, text: Tensor, n_pictures: Sequence[int]) -> tuple[Tensor, Stream]:
+        """Reads captions (P, T) int64, each for `n_pictures` of its own -> states (R, C), and the stream to go on with.
+
+        Raises ValueError for captions that the transformer cannot read.
+        """
+        state, keys_values = self.transformer.prefill(text)
+        captions = [
+            (keys.transpose(0, 1).contiguous(), values.transpose(0, 1).contiguous())
+            for keys, values in keys_values
+        ]
+        like = captions[0][0]
+        images = [
+            ImageCache(layer.plan, sum(n_pictures), like.shape[0], like.shape[3], like)
+            for layer in self._layers
+        ]
+        counts = torch.tensor(n_pictures, device=state.device)
+        return state.repeat_interleave(counts, dim=0), Stream(captions, images, group(n_pictures))
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, stream: Stream) -> Tensor:
+        """Takes in the next image token of each picture, (R,) int64 -> states (R, C) that predict the one after."""
+        position = stream.n_read
+        x = F.embedding(tokens, self.transformer.image_token.weight) + self._positions[position]  # (R, C)
+        for layer, captions, images in zip(self._layers, stream.captions, stream.images, strict=True):
+            x = layer.attend(x, captions, images, stream.groups, position)
+            x = layer.think(x)
+        stream.n_read += 1
+        return x
+
+    @torch.no_grad()
+    def logits(self, state: Tensor) -> Tensor:
+        """What a state (R, C) says of the next image token: (R, K), in the transformer's dtype."""
+        return self._head(self._norm(state))
+
+
+def group(n_pictures: Sequence[int]) -> list[Group]:
+    """Joins neighbouring captions with equally many pictures, so that one matrix product serves them all."""
+    groups, start = list[Group](), 0
+    for caption, n in enumerate(n_pictures):
+        last = groups[-1] if groups else None
+        if last is not None and n == n_pictures[caption - 1]:
+            groups[-1] = Group(slice(last.captions.start, caption + 1), slice(last.pictures.start, start + n))
+        else:
+            groups.append(Group(slice(caption, caption + 1), slice(start, start + n)))
+        start += n
+    return groups
+
+
+class _DecoderLayer:
+    """One layer of the transformer, for one token a picture. Heads come first: no product needs a copy."""
+
+    def __init__(self, layer: Layer) -> None:
+        attention, mlp = layer.attention, layer.mlp
+        self.plan, self.n_heads = attention.plan, attention.n_heads
+        self._norm, self._qkv, self._out = (
+            _norm(attention.norm),
+            _linear(attention.qkv),
+            _linear(attention.out),
+        )
+        self._mlp_norm, self._expand = _norm(mlp.norm), _linear(mlp.expand)
+        self._contract = _linear(mlp.contract)
+
+    def attend(
+        self,
+        x: Tensor,
+        captions: tuple[Tensor, Tensor],
+        images: ImageCache,
+        groups: Sequence[Group],
+        position: int,
+    ) -> Tensor:
+        """x + W_out attention(LN(x)) for the tokens at raster index `position`: (R, C) -> (R, C)."""
+        heads = self._qkv(self._norm(x)).view(len(x), 3, self.n_heads, -1).permute(1, 2, 0, 3)  # (3, H, R, D)
+        images.store_(position, heads[1:])
+        keys, values = images.visible(position).flatten(1, 2)  # (H R, W, D) each
+        q = (heads[0] * heads.shape[3] ** -0.5).contiguous()  # (H, R, D)
+        one_each = q.view(-1, 1, q.shape[2])  # (H R, 1, D)
+        seen = torch.bmm(one_each, keys.mT).view(*q.shape[:2], -1)  # (H, R, W)
+        read = _by_caption(q, captions[0].mT, groups)  # (H, R, 1 + T)
+        shares = torch.cat([read, seen], dim=-1).softmax(dim=-1)  # one softmax over both, footnote 7
+        read, seen = shares.split_with_sizes([read.shape[2], seen.shape[2]], dim=-1)
+        mixed = _by_caption(read, captions[1], groups).reshape(one_each.shape)  # (H R, 1, D)
+        mixed = torch.baddbmm(mixed, seen.flatten(0, 1)[:, None], values)
+        return x + self._out(mixed.view(q.shape).transpose(0, 1).reshape(x.shape))
+
+    def think(self, x: Tensor) -> Tensor:
+        """x + W_2 GELU(W_1 LN(x)), the same GELU as `MLPResblock`: (R, C) -> (R, C)."""
+        inner = F.silu(self._expand(self._mlp_norm(x)).mul_(1.702), inplace=True).div_(1.702)  # (R, 4 C)
+        return x + self._contract(inner)
+
+
+def _by_caption(x: Tensor, matrices: Tensor, groups: Sequence[Group]) -> Tensor:
+    """Multiplies each picture's vectors (H, R, a) with its caption's matrices (H, P, a, b) -> (H, R, b)."""
+    products = []
+    for captions, pictures in groups:
+        matrix = matrices[:, captions]  # (H, p, a, b)
+        rows = x[:, pictures].reshape(*matrix.shape[:2], -1, x.shape[2])  # (H, p, r, a)
+        products.append((rows @ matrix).flatten(1, 2))
+    return products[0] if len(products) == 1 else torch.cat(products, dim=1)
+
+
+# --- Linear maps and norms without the price of a module's call ----------------------------------------------
+
+Map = Callable[[Tensor], Tensor]
+
+
+def _norm(norm: nn.LayerNorm) -> Map:
+    weight, bias = norm.weight.detach(), norm.bias.detach()
+    return lambda x: F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
+
+
+def _linear(linear: nn.Linear) -> Map:
+    weight = linear.weight.detach()
+    bias = None if linear.bias is None else linear.bias.detach()
+    if not can_pack(weight):
+        return lambda x: F.linear(x, weight, bias)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+    apply = torch.ops.mkldnn._linear_pointwise
+    return lambda x: cast(Tensor, apply(x, packed, bias, "none", [], ""))
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether oneDNN can lay a linear map's weight out in advance: the same products, twice as fast for one picture.
+
+    The operators are private: where they are missing, maps are computed from the plain weights.
+    """
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.bfloat16
+        and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )

@@ -1,0 +1,128 @@
+"""The decoder against its slow twin, the whole stream in one forward pass: every mask, ragged captions, its memory."""
+
+import gc
+
+import pytest
+import torch
+from torch import Tensor
+
+from dalle.attention import LAYER_KINDS
+from dalle.generation import decoder as decoder_file
+from dalle.generation.decoder import Decoder, Group, Stream, group
+from dalle.generation.engine import Engine
+from dalle.generation.options import GenerationOptions
+from dalle.transformer import Transformer
+from tests.test_generation_engine import GRID, KINDS, N_CODES, N_TOKENS, build, captions
+
+
+def stepped(transformer: Transformer, text: Tensor, image: Tensor, n_pictures: list[int]) -> Tensor:
+    """Logits (R, N, K) by the decoder; captions (P, T), of as many pictures as `n_pictures` says."""
+    decoder = Decoder(transformer)
+    state, stream = decoder.start(text, n_pictures)
+    logits = [decoder.logits(state)]
+    for position in range(N_TOKENS - 1):
+        logits.append(decoder.logits(decoder.step(image[:, position], stream)))
+    assert stream.n_read == N_TOKENS - 1
+    return torch.stack(logits, 1)
+
+
+def pictures(n: int) -> Tensor:
+    return torch.randint(N_CODES, (n, N_TOKENS), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize(
+    "layers", [*((kind, kind) for kind in LAYER_KINDS), ("row", "column", "row", "conv", "dense")]
+)
+def test_decoding_equals_a_full_forward(layers: tuple[str, ...]) -> None:
+    transformer, text, image = build(layers).eval(), captions(3), pictures(3)
+    with torch.no_grad():
+        expected = transformer(text, image)[1]
+    torch.testing.assert_close(stepped(transformer, text, image, [1, 1, 1]), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("n_pictures", [[2, 2, 2], [1, 3, 3], [4, 1, 1], [5], [1, 2, 3, 1]])
+def test_pictures_of_several_captions_each_see_their_own(n_pictures: list[int]) -> None:
+    transformer, text, image = build().eval(), captions(len(n_pictures)), pictures(sum(n_pictures))
+    with torch.no_grad():
+        expected = transformer(text.repeat_interleave(torch.tensor(n_pictures), 0), image)[1]
+    torch.testing.assert_close(stepped(transformer, text, image, n_pictures), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_neighbours_with_equally_many_pictures_share_a_matrix_product() -> None:
+    assert group([2, 2, 6]) == [Group(slice(0, 2), slice(0, 4)), Group(slice(2, 3), slice(4, 10))]
+    assert group([3, 3]) == [Group(slice(0, 2), slice(0, 6))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_no_mask_allows_is_never_read(kind: str) -> None:
+    transformer, text, image = build((kind, kind)).eval(), captions(1), pictures(2)
+    decoder = Decoder(transformer)
+    state, stream = decoder.start(text, [2])
+    for cache in stream.images:
+        cache.memory.fill_(torch.nan)
+    for position in range(N_TOKENS - 1):
+        state = decoder.step(image[:, position], stream)
+        assert bool(state.isfinite().all())
+
+
+def live_bytes() -> int:
+    """Memory of all tensors alive, each storage once."""
+    storages = {
+        x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+        for x in gc.get_objects()
+        if issubclass(type(x), Tensor)  # isinstance would ask proxies that warn
+    }
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_is_the_same_after_the_first_row_and_at_the_end(kind: str) -> None:
+    engine, found = Engine(build((kind, kind))), list[int]()
+
+    def measure(row: int, tokens: Tensor) -> bool:
+        gc.collect()
+        found.append(live_bytes())
+        return False
+
+    engine.generate(captions(2), list(range(8)), GenerationOptions(guidance=2), on_row_end=measure)
+    assert len(found) == GRID
+    assert len(set(found)) == 1
+
+
+def test_a_captions_keys_are_kept_once_for_all_of_its_pictures() -> None:
+    transformer = build()
+    _, one = Decoder(transformer).start(captions(1), [1])
+    _, many = Decoder(transformer).start(captions(1), [50])
+
+    def caption_bytes(stream: Stream) -> int:
+        return sum(x.nbytes for pair in stream.captions for x in pair)
+
+    assert caption_bytes(one) == caption_bytes(many)
+    assert [50 * cache.memory.nbytes for cache in one.images] == [
+        cache.memory.nbytes for cache in many.images
+    ]
+
+
+@pytest.mark.skipif(
+    not decoder_file.can_pack(torch.zeros(1, dtype=torch.bfloat16)), reason="no bfloat16 in oneDNN here"
+)
+def test_weights_laid_out_in_advance_change_no_logit(monkeypatch: pytest.MonkeyPatch) -> None:
+    transformer, text, image = build().eval().to(torch.bfloat16), captions(2), pictures(4)
+    packed = stepped(transformer, text, image, [2, 2])
+    monkeypatch.setattr(decoder_file, "can_pack", lambda weight: False)
+    assert torch.equal(packed, stepped(transformer, text, image, [2, 2]))
+    with torch.no_grad():
+        expected = transformer(text.repeat_interleave(2, 0), image)[1].float().log_softmax(-1)
+    assert packed.dtype == torch.bfloat16
+    assert float((packed.float().log_softmax(-1) - expected).abs().mean()) < 0.1
+
+
+def test_changed_weights_are_drawn_with_at_once() -> None:
+    engine, text = Engine(build()), captions(1)
+    before = engine.generate(text, [0, 1])
+    assert engine.decoder() is engine.decoder()
+    with torch.no_grad():
+        engine.transformer.image_head.weight.neg_()
+    after = engine.generate(text, [0, 1])
+    assert not torch.equal(before, after)
+    assert torch.equal(after, Engine(engine.transformer).generate(text, [0, 1]))
