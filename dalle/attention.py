@@ -159,6 +159,7 @@ class AttentionPlan:
         self.n_rows_back = 0 if kind == "column" else min(math.ceil(largest / grid), grid - 1)
         self._made: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
         self._block_masks: dict[torch.device, object] = {}
+        self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor, Tensor]] = {}
 
     def mask(self, device: torch.device) -> Tensor:
         """Gives `dense_mask` on `device`, bool (S, S)."""
@@ -193,6 +194,20 @@ class AttentionPlan:
             return slice(0, min(position + 1, self.n_slots))
         reach = self._make("offsets", device, torch.int64, lambda: torch.tensor(self._offsets, device="cpu"))
         return (position - reach[: bisect.bisect_right(self._offsets, position)]) % self.n_slots
+
+    def tables(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Gives `slot` and `visible_slots` of every position as tensors: (N,), (N, W), and 0 or -inf, (N, W)."""
+        if (device, dtype) not in self._tables:
+            # The last image token is never read; a recorded step that follows it stores it all the same.
+            read = [self.visible_slots(position, torch.device("cpu")) for position in range(self.n_image)]
+            rows = [list(range(x.start, x.stop)) if isinstance(x, slice) else x.tolist() for x in read]
+            width = max(map(len, rows))
+            gaps = [width - len(row) for row in rows]
+            slots = torch.tensor([self.slot(position) for position in range(self.n_image)])
+            visible = torch.tensor([row + [0] * gap for row, gap in zip(rows, gaps, strict=True)])
+            bias = torch.tensor([[0.0] * (width - gap) + [-math.inf] * gap for gap in gaps])
+            self._tables[device, dtype] = (slots.to(device), visible.to(device), bias.to(device, dtype))
+        return self._tables[device, dtype]
 
     def block_mask(self, device: torch.device) -> object:
         """Gives the mask as FlexAttention's BlockMask, which lists the 128 x 128 tiles to visit."""
@@ -340,6 +355,9 @@ def _compiled_flex() -> Callable[..., object]:
 # --- Image cache --------------------------------------------------------------------------------------------
 
 
+Position = int | Tensor  # a raster index; on a GPU as a tensor, see `RecordedImageCache`
+
+
 class ImageCache:
     """Keys and values of the image tokens that later ones may still read, in one layer, for R half-drawn pictures.
 
@@ -354,11 +372,42 @@ class ImageCache:
         self.plan = plan
         self.memory = like.new_zeros(2, n_heads, n_pictures, plan.n_slots, d_head)  # keys, then values
 
-    def store_(self, position: int, keys_values: Tensor) -> None:
+    def store_(self, position: Position, keys_values: Tensor) -> None:
         """Takes in the keys and values, (2, H, R, D), of the image tokens at raster index `position`."""
-        self.memory[:, :, :, self.plan.slot(position)] = keys_values
+        self.memory[:, :, :, self.plan.slot(int(position))] = keys_values
 
-    def visible(self, position: int) -> Tensor:
+    def visible(self, position: Position) -> Tensor:
         """Gives the keys and values that the tokens at `position` may read, their own too: (2, H, R, W, D)."""
-        slots = self.plan.visible_slots(position, self.memory.device)
+        slots = self.plan.visible_slots(int(position), self.memory.device)
         return self.memory[:, :, :, slots] if isinstance(slots, slice) else self.memory.index_select(3, slots)
+
+    def bias(self, position: Position) -> Tensor | None:
+        """Gives what to add to the scores of `visible`, (W,): here nothing, all of it may be read."""
+        return None
+
+
+class RecordedImageCache(ImageCache):
+    """An `ImageCache` whose positions are int64 tensors (1,) on the device and whose shapes never change.
+
+    `visible` always has as many keys as the widest step; `bias` is -inf where one is not to be read. So a step can
+    be recorded once, as a CUDA graph, and replayed at every position.
+    """
+
+    @classmethod
+    def of(cls, cache: ImageCache) -> "RecordedImageCache":
+        """Takes over a cache's memory."""
+        recorded = cls.__new__(cls)
+        recorded.plan, recorded.memory = cache.plan, cache.memory
+        return recorded
+
+    def store_(self, position: Position, keys_values: Tensor) -> None:
+        slots, _, _ = self.plan.tables(self.memory.device, self.memory.dtype)
+        self.memory.index_copy_(3, slots[position], keys_values[:, :, :, None])
+
+    def visible(self, position: Position) -> Tensor:
+        _, visible, _ = self.plan.tables(self.memory.device, self.memory.dtype)
+        return self.memory.index_select(3, visible[position][0])
+
+    def bias(self, position: Position) -> Tensor | None:
+        _, _, bias = self.plan.tables(self.memory.device, self.memory.dtype)
+        return bias[position][0]

@@ -163,6 +163,30 @@ def test_pictures_with_settings_of_their_own_are_drawn_as_alone(rows_per_batch: 
         )
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_recorded_step_draws_the_same_tokens_at_every_position(kind: str) -> None:
+    transformer, text = build((kind, "row", kind)), captions(2)
+    options = [GenerationOptions.model_validate(one) for one in MIXED]
+    for known in (None, KNOWN_ROWS, KNOWN_SCATTERED):
+        expected = Engine(transformer).generate(text, list(range(6)), options, known=known)
+        recorded = Engine(transformer, is_recorded=True).generate(text, list(range(6)), options, known=known)
+        assert torch.equal(recorded, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cuda_graph_draws_the_tokens_of_plain_steps_and_of_a_cpu() -> None:
+    transformer, text = build(), captions(2)
+    options = [GenerationOptions.model_validate(one) for one in MIXED]
+    expected = Engine(transformer).generate(text, list(range(6)), options)
+    transformer.cuda()
+    plain = Engine(transformer, is_recorded=False).generate(text, list(range(6)), options)
+    assert torch.equal(plain.cpu(), expected)
+    engine = Engine(transformer)
+    for _ in range(2):
+        assert torch.equal(engine.generate(text, list(range(6)), options).cpu(), expected)
+
+
 def test_settings_for_another_number_of_pictures_are_refused() -> None:
     with pytest.raises(ValueError, match="2 options for 3 seeds"):
         Engine(build()).generate(captions(1), [0, 1, 2], [GenerationOptions()] * 2)

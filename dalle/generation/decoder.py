@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dalle.attention import ImageCache
+from dalle.attention import ImageCache, Position
 from dalle.transformer import Layer, Transformer
 
 
@@ -39,7 +39,7 @@ class Stream:
         self.captions = captions  # of each layer: keys and values, (H, P, 1 + T, D) each
         self.images = images  # of each layer
         self.groups = groups
-        self.n_read = 0  # image tokens taken in so far, the same for every picture
+        self.n_read: Position = 0  # image tokens taken in so far, the same for every picture
 
 
 class Decoder:
@@ -121,7 +121,7 @@ class _DecoderLayer:
         captions: tuple[Tensor, Tensor],
         images: ImageCache,
         groups: Sequence[Group],
-        position: int,
+        position: Position,
     ) -> Tensor:
         """x + W_out attention(LN(x)) for the tokens at raster index `position`: (R, C) -> (R, C)."""
         heads = self._qkv(self._norm(x)).view(len(x), 3, self.n_heads, -1).permute(1, 2, 0, 3)  # (3, H, R, D)
@@ -130,6 +130,9 @@ class _DecoderLayer:
         q = (heads[0] * heads.shape[3] ** -0.5).contiguous()  # (H, R, D)
         one_each = q.view(-1, 1, q.shape[2])  # (H R, 1, D)
         seen = torch.bmm(one_each, keys.mT).view(*q.shape[:2], -1)  # (H, R, W)
+        bias = images.bias(position)
+        if bias is not None:
+            seen = seen + bias
         read = _by_caption(q, captions[0].mT, groups)  # (H, R, 1 + T)
         shares = torch.cat([read, seen], dim=-1).softmax(dim=-1)  # one softmax over both, footnote 7
         read, seen = shares.split_with_sizes([read.shape[2], seen.shape[2]], dim=-1)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dalle.generation.decoder import Decoder
+from dalle.generation.drawing import Drawing, RecordedDrawing
 from dalle.generation.options import GenerationOptions
 from dalle.generation.sampling import MAX_SEED, Chooser, uniforms
 from dalle.transformer import Transformer
@@ -57,10 +58,14 @@ def plan_batches(n_captions: int, n_per_caption: int, rows_per_batch: int = ROWS
 
 
 class Engine:
-    """Draws image tokens with one transformer; of a call it keeps nothing."""
+    """Draws image tokens with one transformer; of a call it keeps nothing.
 
-    def __init__(self, transformer: Transformer) -> None:
+    On a GPU the steps are recorded and replayed, see `dalle.generation.drawing`; `is_recorded` overrides that.
+    """
+
+    def __init__(self, transformer: Transformer, is_recorded: bool | None = None) -> None:
         self.transformer = transformer
+        self.is_recorded = is_recorded
         self._decoder: tuple[Decoder, WeightState] | None = None
 
     # no_grad, not inference_mode: tensors that the model caches during a call must stay usable in training.
@@ -126,34 +131,25 @@ class Engine:
         finish_row: Callable[[int], bool],
     ) -> bool:
         """Fills `tokens` (rows, N) in place; True when `finish_row` asked to stop."""
-        grid, decoder = self.transformer.config.grid_size, self.decoder()
+        grid = self.transformer.config.grid_size
         n_pictures = [len(tokens) // len(text)] * len(text)
         chooser = Chooser(options, tokens.device)
         if chooser.guided:  # these pictures are read a second time, after the empty caption
             text = torch.cat([text, self.null_caption().to(text.device)])
             n_pictures.append(len(chooser.guided))
-        is_known, is_drawn = (known >= 0).any(dim=0).tolist(), (known < 0).any(dim=0).tolist()
-        is_nan = torch.zeros((), dtype=torch.bool, device=tokens.device)
-        state, stream = decoder.start(text, n_pictures)
+        is_recorded = tokens.device.type == "cuda" if self.is_recorded is None else self.is_recorded
+        kind = RecordedDrawing if is_recorded else Drawing
+        drawing = kind(self.decoder(), text, n_pictures, chooser, noise, known, tokens)
         for position in range(tokens.shape[1]):
-            if is_drawn[position]:
-                logits = decoder.logits(state)
-                is_nan |= logits.amax().isnan()
-                tokens[:, position] = chooser(logits, noise[:, position])
-            if is_known[position]:
-                tokens[:, position] = torch.where(
-                    known[:, position] >= 0, known[:, position], tokens[:, position]
-                )
+            drawing.advance_(position)
             if (position + 1) % grid == 0:
                 row = position // grid
-                if is_nan.item():  # looked at once a row: reading it makes a GPU wait
+                if drawing.is_nan.item():  # looked at once a row: reading it makes a GPU wait
                     raise FloatingPointError(
                         f"the transformer's logits are NaN in row {row}: use float32, or check the weights"
                     )
                 if finish_row(row):
                     return True
-            if position + 1 < tokens.shape[1]:
-                state = decoder.step(chooser.read(tokens[:, position]), stream)
         return False
 
     def decoder(self) -> Decoder:

@@ -149,8 +149,10 @@ class Chooser:
             if len(self.guided) == self._n_pictures:
                 logits = combine_guidance(logits, unconditional, self._scales)
             else:
-                guided = combine_guidance(logits[self.guided], unconditional, self._scales)
-                logits = logits.index_copy(0, self._reads[self._n_pictures :], guided)
+                rows = self._reads[self._n_pictures :]
+                logits = logits.index_copy(
+                    0, rows, combine_guidance(logits[rows], unconditional, self._scales)
+                )
         if len(self._alike) == 1:
             return sample(logits, uniform, self._alike[0][0])
         chosen = torch.empty(self._n_pictures, dtype=torch.int64, device=logits.device)

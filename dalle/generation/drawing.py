@@ -1,0 +1,120 @@
+"""A batch of half-drawn pictures, and how each of their next tokens comes about: on a CPU, or recorded for a GPU.
+
+Both ways do the same in the same order: predict, choose, put known tokens in their place, read what was chosen. The
+recorded way looks up everything that depends on the position in tables, by a tensor on the device; so its shapes never
+change, and one CUDA graph draws every token, sampling included, without asking Python.
+
+Shapes: B captions, R pictures, N image tokens of a picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dalle.attention import RecordedImageCache
+from dalle.generation.decoder import Decoder
+from dalle.generation.sampling import Chooser
+
+WARM_UP = 2  # passes before a CUDA graph is recorded, so that libraries have set themselves up
+
+
+class Drawing:
+    """Pictures side by side, drawn token by token into `tokens`, which is edited in place.
+
+    Args:
+        decoder: of the transformer.
+        text: (B, T) int64, the captions, and what guided pictures read in their place.
+        n_pictures: of each caption.
+        chooser: knows each picture's settings.
+        noise: (R, N), one uniform number a token.
+        known: (R, N) int64, tokens that must be there, -1 where they are to be drawn.
+        tokens: (R, N) int64.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        text: Tensor,
+        n_pictures: Sequence[int],
+        chooser: Chooser,
+        noise: Tensor,
+        known: Tensor,
+        tokens: Tensor,
+    ) -> None:
+        self.decoder, self.chooser = decoder, chooser
+        self.noise, self.known, self.tokens = noise, known, tokens
+        self.is_nan = torch.zeros((), dtype=torch.bool, device=tokens.device)  # whether any logit was
+        self._is_known = (known >= 0).any(dim=0).tolist()
+        self._is_drawn = (known < 0).any(dim=0).tolist()
+        self.state, self.stream = decoder.start(text, n_pictures)
+
+    def advance_(self, position: int) -> None:
+        """Draws the tokens at raster index `position`; the calls go through all of them in order."""
+        column = self.known[:, position]  # (R,)
+        if self._is_drawn[position]:  # else nobody asks what would come here
+            drawn = self._choose(self.noise[:, position])
+            column = torch.where(column >= 0, column, drawn) if self._is_known[position] else drawn
+        self.tokens[:, position] = column
+        if position + 1 < self.tokens.shape[1]:
+            self.state = self.decoder.step(self.chooser.read(column), self.stream)
+
+    def _choose(self, uniform: Tensor) -> Tensor:
+        logits = self.decoder.logits(self.state)
+        self.is_nan |= logits.amax().isnan()
+        return self.chooser(logits, uniform)
+
+
+class RecordedDrawing(Drawing):
+    """The same with fixed shapes; on a GPU one CUDA graph, elsewhere run as it is, for the tests."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        text: Tensor,
+        n_pictures: Sequence[int],
+        chooser: Chooser,
+        noise: Tensor,
+        known: Tensor,
+        tokens: Tensor,
+    ) -> None:
+        super().__init__(decoder, text, n_pictures, chooser, noise, known, tokens)
+        self.stream.images = [RecordedImageCache.of(cache) for cache in self.stream.images]
+        self._position = torch.zeros(1, dtype=torch.int64, device=tokens.device)
+        self.stream.n_read = self._position
+        self._first = self.state.clone()
+        self._graph = self._record() if tokens.device.type == "cuda" else None
+
+    def advance_(self, position: int) -> None:
+        """Draws the next tokens; `position` is on the device."""
+        if self._graph is None:
+            self._advance_()
+        else:
+            self._graph.replay()
+
+    def _advance_(self) -> None:
+        position = self._position  # the stream's own count, which `step` moves on
+        column = self.known.index_select(1, position)[:, 0]  # (R,)
+        drawn = self._choose(self.noise.index_select(1, position)[:, 0])
+        column = torch.where(column >= 0, column, drawn)
+        self.tokens.index_copy_(1, position, column[:, None])
+        self.state.copy_(self.decoder.step(self.chooser.read(column), self.stream))
+
+    def _record(self) -> torch.cuda.CUDAGraph:
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                self._advance_()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._advance_()
+        # What the warm-up left in the caches is overwritten before it is read.
+        self._position.zero_()
+        self.state.copy_(self._first)
+        self.is_nan.zero_()
+        self.tokens.fill_(-1)
+        return graph
