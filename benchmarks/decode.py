@@ -196,7 +196,7 @@ def main() -> None:
             )
     if not arguments.quick:
         print(
-            "\n| model | memory a picture more (64 to 512), MB | image keys and values by the masks' formula, MB | a dense cache, MB |"
+            "\n| model | a row more (64 to 512), MB | by the formula of the masks, MB | a dense cache, MB |"
         )
         print("|---|---|---|---|")
         for model in ("bundled", "25M"):
