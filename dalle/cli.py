@@ -29,7 +29,7 @@ RankerFolder = Annotated[
     str | None,
     typer.Option("--ranker", help="Model folder or Hub id with a CLIP; the model's own if left out."),
 ]
-Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16; to draw, int8 too.")]
 Device = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda or cuda:N; the first GPU if there is one.")
 ]

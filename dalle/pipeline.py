@@ -26,7 +26,14 @@ from dalle.dvae import DiscreteVAE
 from dalle.generation.completion import completion_of
 from dalle.generation.engine import ROWS_PER_BATCH, Engine, plan_batches
 from dalle.generation.options import GenerationOptions
-from dalle.generation.precision import as_dtype, decode_threads, default_dtype, dtype_name, threads
+from dalle.generation.precision import (
+    as_dtype,
+    decode_threads,
+    default_dtype,
+    dtype_name,
+    held_dtype,
+    threads,
+)
 from dalle.generation.recipe import (
     Completion,
     Recipe,
@@ -94,6 +101,7 @@ class DallePipeline:
         self._folder: Path | None = None  # where it was loaded from
         self._model_sha256: str | None = None
         self._has_auto_dtype = False
+        self._is_int8 = False
         self._engine = Engine(transformer)  # keeps the weights ready to draw from call to call
 
     # Load, place, save
@@ -112,7 +120,8 @@ class DallePipeline:
 
         Args:
             source: an existing folder wins over a Hub id of the same name.
-            dtype: of the transformer: "float32", "bfloat16", or "auto": the device's `default_dtype`.
+            dtype: of the transformer: "float32", "bfloat16", "int8" (linear maps in 8 bits: faster for one or two
+                pictures on a CPU, at some loss), or "auto": the device's `default_dtype`.
             device: where to put the model.
             revision: branch, tag or commit on the Hub.
             cache_dir: of the Hub; HF_HOME and HF_HUB_OFFLINE are honoured.
@@ -148,9 +157,11 @@ class DallePipeline:
         if self._has_auto_dtype:
             dtype = default_dtype(device)
         target = self.dtype if dtype is None else as_dtype(dtype)
-        if target.itemsize > self.dtype.itemsize and self._folder is not None:
-            self.transformer = self._transformer_in(target)
-        self.transformer.to(device, target)
+        held = held_dtype(target)
+        if held.itemsize > held_dtype(self.dtype).itemsize and self._folder is not None:
+            self.transformer = self._transformer_in(held)
+        self.transformer.to(device, held)
+        self._is_int8 = target == torch.int8
         # The dVAE stays in float32: it costs little, and a kept picture's tokens must not depend on dtype.
         self.dvae.to(device)
         if self.ranker is not None:
@@ -175,8 +186,8 @@ class DallePipeline:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the transformer computes in."""
-        return next(self.transformer.parameters()).dtype
+        """What the transformer computes in; torch.int8 where its linear maps are rounded to that."""
+        return torch.int8 if self._is_int8 else next(self.transformer.parameters()).dtype
 
     @property
     def model_sha256(self) -> str:
@@ -193,10 +204,9 @@ class DallePipeline:
         A new folder appears whole; an existing one counts as a model only once all is written.
         """
         folder = Path(folder)
-        if self._folder is not None and self.dtype != torch.float32:
-            logger.warning(
-                "saving %s weights: load with dtype='float32' to keep all their digits", self.dtype
-            )
+        held = held_dtype(self.dtype)
+        if self._folder is not None and held != torch.float32:
+            logger.warning("saving %s weights: load with dtype='float32' to keep all their digits", held)
         if folder.is_dir() and any(folder.iterdir()):  # a run's folder: other files live beside the model
             (folder / "manifest.json").unlink(missing_ok=True)
             self._write(folder)
@@ -317,7 +327,14 @@ class DallePipeline:
         n_threads = decode_threads(self.transformer.config.d_model, min(n_rows, rows_per_batch))
         with threads(n_threads):
             tokens = self._draw(
-                self.transformer, text, seeds, options, completion, on_row_end, rows_per_batch
+                self.transformer,
+                self.dtype,
+                text,
+                seeds,
+                options,
+                completion,
+                on_row_end,
+                rows_per_batch,
             )
         finished = [row for row in range(n_rows) if int(tokens[row].min()) >= 0]
         kept: dict[int, tuple[float | None, int | None]] = dict.fromkeys(finished, (None, None))
@@ -402,7 +419,8 @@ class DallePipeline:
                 f"recipe is of model {plan.model} ({plan.model_sha256[:12]}); this one is {self.name}"
                 f" ({self.model_sha256[:12]}): load the recipe's model"
             )
-        transformer = self._transformer_in(as_dtype(plan.dtype))
+        dtype = as_dtype(plan.dtype)
+        transformer = self._transformer_in(held_dtype(dtype))
         batch, is_consistent = place_in_batch(plan)
         text, truncations = self._read(batch.captions, plan.truncate)
         is_consistent &= (
@@ -417,7 +435,14 @@ class DallePipeline:
 
         with threads(plan.threads):
             tokens = self._draw(
-                transformer, text, batch.seeds, plan.options, plan.completion, on_row_end, len(batch.seeds)
+                transformer,
+                dtype,
+                text,
+                batch.seeds,
+                plan.options,
+                plan.completion,
+                on_row_end,
+                len(batch.seeds),
             )
             drawn = tokens[batch.position]
             image = self._decode(drawn[None])[0]
@@ -425,11 +450,12 @@ class DallePipeline:
 
     def _transformer_in(self, dtype: torch.dtype) -> Transformer:
         """The transformer in another dtype than it is held in, read again so that no digits are missing."""
-        if dtype == self.dtype:
+        held = held_dtype(self.dtype)
+        if dtype == held:
             return self.transformer
         if self._folder is None:
             raise ValueError(
-                f"recipe is of {dtype_name(dtype)}; this model is held in {dtype_name(self.dtype)} only:"
+                f"recipe is of {dtype_name(dtype)}; this model is held in {dtype_name(held)} only:"
                 " load it from its folder"
             )
         return Transformer.from_pretrained(self._folder / "transformer").eval().to(self.device, dtype)
@@ -437,6 +463,7 @@ class DallePipeline:
     def _draw(
         self,
         transformer: Transformer,
+        dtype: torch.dtype,
         text: Tensor,
         seeds: Sequence[int],
         options: GenerationOptions,
@@ -445,8 +472,9 @@ class DallePipeline:
         rows_per_batch: int,
     ) -> Tensor:
         known = None if completion is None else torch.tensor(completion.known)
-        if self._engine.transformer is not transformer:
-            self._engine = Engine(transformer)
+        is_int8 = dtype == torch.int8
+        if self._engine.transformer is not transformer or self._engine.is_int8 != is_int8:
+            self._engine = Engine(transformer, is_int8=is_int8)
         tokens = self._engine.generate(
             text, seeds, options, known=known, on_row_end=on_row_end, rows_per_batch=rows_per_batch
         )

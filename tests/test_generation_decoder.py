@@ -117,6 +117,35 @@ def test_weights_laid_out_in_advance_change_no_logit(monkeypatch: pytest.MonkeyP
     assert float((packed.float().log_softmax(-1) - expected).abs().mean()) < 0.1
 
 
+@pytest.mark.parametrize("has_operator", [True, False])
+def test_8_bit_weights_are_each_within_half_a_step_of_their_rows_scale(
+    monkeypatch: pytest.MonkeyPatch, has_operator: bool
+) -> None:
+    if not has_operator:
+        monkeypatch.delattr(torch, "_weight_int8pack_mm")
+    linear = torch.nn.Linear(64, 40).to(torch.bfloat16)
+    x = torch.eye(64, dtype=torch.bfloat16)  # each answer is one weight and the bias
+    with torch.no_grad():
+        error = (decoder_file._int8_linear(linear)(x) - linear(x)).float().abs()  # (64, 40)
+        scale = linear.weight.float().abs().amax(dim=1) / 127
+        ulp = 2**-8 * (linear.weight.abs().amax(1) + linear.bias.abs()).float()
+    assert bool((error <= scale / 2 + 3 * ulp).all())
+    assert float(error.max()) > 0
+
+
+def test_8_bits_predict_nearly_the_same_tokens() -> None:
+    transformer, text, image = build().eval(), captions(2), pictures(2)
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            parameter.mul_(0.4)  # not so wide that one weight decides
+        expected = transformer(text, image)[1].log_softmax(-1)
+    decoder = Decoder(transformer.to(torch.bfloat16), is_int8=True)
+    state, _ = decoder.start(text, [1, 1])
+    found = decoder.logits(state).float().log_softmax(-1)
+    divergence = (expected[:, 0].exp() * (expected[:, 0] - found)).sum(-1)
+    assert float(divergence.max()) < 0.01
+
+
 def test_changed_weights_are_drawn_with_at_once() -> None:
     engine, text = Engine(build()), captions(1)
     before = engine.generate(text, [0, 1])

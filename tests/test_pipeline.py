@@ -437,13 +437,24 @@ def test_components_that_do_not_fit_are_refused(
 # Dtype
 
 
+def test_int8_is_a_choice_of_drawing_and_part_of_the_recipe(saved: Path) -> None:
+    rounded = DallePipeline.from_pretrained(saved, dtype="int8")
+    assert rounded.dtype == torch.int8
+    assert next(rounded.transformer.parameters()).dtype == torch.bfloat16
+    out = rounded("a red circle", seed=3)
+    assert out.recipes[0]["dtype"] == "int8"
+    image, agrees = DallePipeline.from_pretrained(saved, dtype="float32").rerun(out.recipes[0])
+    assert agrees and list(image.getdata()) == list(out.images[0].getdata())
+    assert rounded.to("cpu", "bfloat16").dtype == torch.bfloat16
+
+
 def test_dtype_is_of_the_transformer_only_and_auto_is_the_machines(saved: Path) -> None:
     half = DallePipeline.from_pretrained(saved, dtype="bfloat16")
     assert half.dtype == torch.bfloat16 and next(half.dvae.parameters()).dtype == torch.float32
     auto = DallePipeline.from_pretrained(saved)
     assert auto.dtype == default_dtype("cpu")
     assert auto.to("cpu") is auto and auto.dtype == default_dtype("cpu")
-    with pytest.raises(ValueError, match="dtype is float8; allowed are auto, float32, bfloat16"):
+    with pytest.raises(ValueError, match="dtype is float8; allowed are auto, float32, bfloat16, int8"):
         DallePipeline.from_pretrained(saved, dtype="float8")
 
 

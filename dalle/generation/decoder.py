@@ -22,6 +22,8 @@ from torch.nn import functional as F
 from dalle.attention import ImageCache, Position
 from dalle.transformer import Layer, Transformer
 
+Map = Callable[[Tensor], Tensor]  # a linear map or a norm, of (R, C)
+
 
 class Group(NamedTuple):
     """Pictures side by side of captions side by side, the same number of each."""
@@ -43,13 +45,17 @@ class Stream:
 
 
 class Decoder:
-    """A transformer made ready to draw; it must be made anew when the weights change."""
+    """A transformer made ready to draw; it must be made anew when the weights change.
 
-    def __init__(self, transformer: Transformer) -> None:
+    With `is_int8` the weights of linear maps are rounded to 8 bits; captions are read with all of theirs.
+    """
+
+    def __init__(self, transformer: Transformer, is_int8: bool = False) -> None:
         self.transformer = transformer
         self.config = transformer.config
-        self._layers = [_DecoderLayer(layer) for layer in cast(Iterable[Layer], transformer.layers)]
-        self._norm, self._head = _norm(transformer.norm), _linear(transformer.image_head)
+        linear = _int8_linear if is_int8 else _linear
+        self._layers = [_DecoderLayer(layer, linear) for layer in cast(Iterable[Layer], transformer.layers)]
+        self._norm, self._head = _norm(transformer.norm), linear(transformer.image_head)
         self._positions = transformer.image_positions().detach()  # (N, C)
 
     @torch.no_grad()
@@ -104,16 +110,15 @@ def group(n_pictures: Sequence[int]) -> list[Group]:
 class _DecoderLayer:
     """One layer of the transformer, for one token a picture. Heads come first: no product needs a copy."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Layer, linear: Callable[[nn.Linear], Map]) -> None:
         attention, mlp = layer.attention, layer.mlp
         self.plan, self.n_heads = attention.plan, attention.n_heads
-        self._norm, self._qkv, self._out = (
-            _norm(attention.norm),
-            _linear(attention.qkv),
-            _linear(attention.out),
+        self._norm, self._qkv, self._out = _norm(attention.norm), linear(attention.qkv), linear(attention.out)
+        self._mlp_norm, self._expand, self._contract = (
+            _norm(mlp.norm),
+            linear(mlp.expand),
+            linear(mlp.contract),
         )
-        self._mlp_norm, self._expand = _norm(mlp.norm), _linear(mlp.expand)
-        self._contract = _linear(mlp.contract)
 
     def attend(
         self,
@@ -158,8 +163,6 @@ def _by_caption(x: Tensor, matrices: Tensor, groups: Sequence[Group]) -> Tensor:
 
 # --- Linear maps and norms without the price of a module's call ----------------------------------------------
 
-Map = Callable[[Tensor], Tensor]
-
 
 def _norm(norm: nn.LayerNorm) -> Map:
     weight, bias = norm.weight.detach(), norm.bias.detach()
@@ -174,6 +177,28 @@ def _linear(linear: nn.Linear) -> Map:
     packed = torch.ops.mkldnn._reorder_linear_weight(weight)
     apply = torch.ops.mkldnn._linear_pointwise
     return lambda x: cast(Tensor, apply(x, packed, bias, "none", [], ""))
+
+
+def _int8_linear(linear: nn.Linear) -> Map:
+    """A linear map with weights in 8 bits and one scale an output, the largest weight at 127."""
+    weight = linear.weight.detach().float()
+    bias = None if linear.bias is None else linear.bias.detach()
+    scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127  # (outputs,)
+    rounded = (weight / scale[:, None]).round().to(torch.int8)
+    scale = scale.to(linear.weight.dtype)
+    if weight.device.type == "cpu" and hasattr(torch, "_weight_int8pack_mm"):  # private
+
+        def fused(x: Tensor) -> Tensor:
+            product = torch._weight_int8pack_mm(x, rounded, scale)
+            return product if bias is None else product.add_(bias)
+
+        return fused
+
+    def plain(x: Tensor) -> Tensor:
+        product = F.linear(x, rounded.to(x.dtype)) * scale
+        return product if bias is None else product.add_(bias)
+
+    return plain
 
 
 def can_pack(weight: Tensor) -> bool:

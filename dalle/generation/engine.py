@@ -61,11 +61,14 @@ class Engine:
     """Draws image tokens with one transformer; of a call it keeps nothing.
 
     On a GPU the steps are recorded and replayed, see `dalle.generation.drawing`; `is_recorded` overrides that.
+    `is_int8` draws with linear maps rounded to 8 bits.
     """
 
-    def __init__(self, transformer: Transformer, is_recorded: bool | None = None) -> None:
+    def __init__(
+        self, transformer: Transformer, *, is_int8: bool = False, is_recorded: bool | None = None
+    ) -> None:
         self.transformer = transformer
-        self.is_recorded = is_recorded
+        self.is_int8, self.is_recorded = is_int8, is_recorded
         self._decoder: tuple[Decoder, WeightState] | None = None
 
     # no_grad, not inference_mode: tensors that the model caches during a call must stay usable in training.
@@ -156,7 +159,7 @@ class Engine:
         """The transformer made ready to draw: made once, and again when its weights have changed."""
         weights = [(weight.data_ptr(), weight._version) for weight in self.transformer.parameters()]
         if self._decoder is None or self._decoder[1] != weights:
-            self._decoder = (Decoder(self.transformer), weights)
+            self._decoder = (Decoder(self.transformer, self.is_int8), weights)
         return self._decoder[0]
 
     def null_caption(self) -> Tensor:

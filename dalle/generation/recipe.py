@@ -66,7 +66,7 @@ class Recipe(Config):
     completion: Completion | None = None
     truncate: bool = False  # the call allowed captions to be cut
     truncation: Truncation | None = None  # this caption was
-    dtype: str  # of the transformer's weights: float32 or bfloat16
+    dtype: str  # of the transformer's weights: float32, bfloat16 or int8
     device: str  # type of device: cpu, cuda, ...
     threads: Annotated[int, Field(ge=1, le=1024)]  # of one operation on the CPU
     versions: Versions
