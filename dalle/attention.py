@@ -159,6 +159,7 @@ class AttentionPlan:
         self.n_rows_back = 0 if kind == "column" else min(math.ceil(largest / grid), grid - 1)
         self._made: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
         self._block_masks: dict[torch.device, object] = {}
+        self._lists: tuple[list[int], Tensor, list[int]] | None = None
         self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor, Tensor]] = {}
 
     def mask(self, device: torch.device) -> Tensor:
@@ -198,16 +199,26 @@ class AttentionPlan:
     def tables(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Gives `slot` and `visible_slots` of every position as tensors: (N,), (N, W), and 0 or -inf, (N, W)."""
         if (device, dtype) not in self._tables:
+            slots, visible, counts = self.lists()
+            width = visible.shape[1]
+            bias = torch.tensor([[0.0] * count + [-math.inf] * (width - count) for count in counts])
+            self._tables[device, dtype] = (
+                torch.tensor(slots).to(device),
+                visible.to(device),
+                bias.to(device, dtype),
+            )
+        return self._tables[device, dtype]
+
+    def lists(self) -> tuple[list[int], Tensor, list[int]]:
+        """Gives for every position its `slot`, its `visible_slots` (N, W) int64, and how many of them count."""
+        if self._lists is None:
             # The last image token is never read; a recorded step that follows it stores it all the same.
             read = [self.visible_slots(position, torch.device("cpu")) for position in range(self.n_image)]
             rows = [list(range(x.start, x.stop)) if isinstance(x, slice) else x.tolist() for x in read]
-            width = max(map(len, rows))
-            gaps = [width - len(row) for row in rows]
-            slots = torch.tensor([self.slot(position) for position in range(self.n_image)])
-            visible = torch.tensor([row + [0] * gap for row, gap in zip(rows, gaps, strict=True)])
-            bias = torch.tensor([[0.0] * (width - gap) + [-math.inf] * gap for gap in gaps])
-            self._tables[device, dtype] = (slots.to(device), visible.to(device), bias.to(device, dtype))
-        return self._tables[device, dtype]
+            counts = [len(row) for row in rows]
+            visible = torch.tensor([row + [0] * (max(counts) - len(row)) for row in rows])
+            self._lists = ([self.slot(position) for position in range(self.n_image)], visible, counts)
+        return self._lists
 
     def block_mask(self, device: torch.device) -> object:
         """Gives the mask as FlexAttention's BlockMask, which lists the 128 x 128 tiles to visit."""

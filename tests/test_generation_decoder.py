@@ -1,6 +1,7 @@
 """The decoder against its slow twin, the whole stream in one forward pass: every mask, ragged captions, its memory."""
 
 import gc
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from dalle.attention import LAYER_KINDS
 from dalle.generation import decoder as decoder_file
+from dalle.generation import native
 from dalle.generation.decoder import Decoder, Group, Stream, group
 from dalle.generation.engine import Engine
 from dalle.generation.options import GenerationOptions
@@ -115,6 +117,50 @@ def test_weights_laid_out_in_advance_change_no_logit(monkeypatch: pytest.MonkeyP
         expected = transformer(text.repeat_interleave(2, 0), image)[1].float().log_softmax(-1)
     assert packed.dtype == torch.bfloat16
     assert float((packed.float().log_softmax(-1) - expected).abs().mean()) < 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_attention_draws_the_same_tokens(kind: str) -> None:
+    transformer, text = build((kind, "row", kind)).eval(), captions(3)
+    plain, compiled = Engine(transformer), Engine(transformer, is_native=True)
+    for seeds, options in (
+        (range(3), GenerationOptions()),
+        (range(6), GenerationOptions(guidance=2, top_k=5)),
+    ):
+        assert torch.equal(compiled.generate(text, seeds, options), plain.generate(text, seeds, options))
+    _, stream = compiled.decoder().start(text, [1, 1, 1])
+    assert stream.attend.func == compiled.native.attend  # and not the plain way behind its back
+
+
+def test_compiled_attention_in_bfloat16_is_as_near_to_float32_as_the_plain_one() -> None:
+    transformer, text, image = build().eval(), captions(2), pictures(2)
+    with torch.no_grad():
+        expected = transformer(text, image)[1].log_softmax(-1)
+    error = []
+    for compiled in (None, native.load()):
+        decoder = Decoder(transformer.to(torch.bfloat16), native=compiled)
+        state, stream = decoder.start(text, [1, 1])
+        for position in range(9):
+            state = decoder.step(image[:, position], stream)
+        found = decoder.logits(state).float().log_softmax(-1)
+        error.append(float((found - expected[:, 9]).abs().mean()))
+    assert error[1] < 1.5 * error[0] + 0.01
+
+
+def test_without_a_compiler_native_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(ValueError, match="--native needs a C compiler: install gcc or clang"):
+        native.load.__wrapped__()
+    broken = tmp_path / "cc"
+    broken.write_text("#!/bin/sh\necho no such flag >&2\nexit 1\n")
+    broken.chmod(0o755)
+    with pytest.raises(ValueError, match=r"failed \(no such flag\)"):
+        native.load.__wrapped__()
+    assert not list((tmp_path / "dalle").iterdir())
 
 
 @pytest.mark.parametrize("has_operator", [True, False])

@@ -13,6 +13,7 @@ width, K image ids, W image keys that a token sees.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
@@ -20,9 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dalle.attention import ImageCache, Position
+from dalle.generation.native import Native
 from dalle.transformer import Layer, Transformer
 
 Map = Callable[[Tensor], Tensor]  # a linear map or a norm, of (R, C)
+# queries, keys and values (R, 3 C) of the tokens at a position, the captions' keys and values, the cache -> (R, C)
+Attend = Callable[[Tensor, tuple[Tensor, Tensor], ImageCache, Position], Tensor]
 
 
 class Group(NamedTuple):
@@ -36,22 +40,23 @@ class Stream:
     """Half-drawn pictures: what the layers remember of captions and image tokens. Its memory never grows."""
 
     def __init__(
-        self, captions: Sequence[tuple[Tensor, Tensor]], images: Sequence[ImageCache], groups: Sequence[Group]
+        self, captions: Sequence[tuple[Tensor, Tensor]], images: Sequence[ImageCache], attend: Attend
     ) -> None:
         self.captions = captions  # of each layer: keys and values, (H, P, 1 + T, D) each
         self.images = images  # of each layer
-        self.groups = groups
+        self.attend = attend
         self.n_read: Position = 0  # image tokens taken in so far, the same for every picture
 
 
 class Decoder:
     """A transformer made ready to draw; it must be made anew when the weights change.
 
-    With `is_int8` the weights of linear maps are rounded to 8 bits; captions are read with all of theirs.
+    With `is_int8` the weights of linear maps are rounded to 8 bits; captions are read with all of theirs. `native`
+    attends for few pictures.
     """
 
-    def __init__(self, transformer: Transformer, is_int8: bool = False) -> None:
-        self.transformer = transformer
+    def __init__(self, transformer: Transformer, is_int8: bool = False, native: Native | None = None) -> None:
+        self.transformer, self.native = transformer, native
         self.config = transformer.config
         linear = _int8_linear if is_int8 else _linear
         self._layers = [_DecoderLayer(layer, linear) for layer in cast(Iterable[Layer], transformer.layers)]
@@ -75,7 +80,10 @@ class Decoder:
             for layer in self._layers
         ]
         counts = torch.tensor(n_pictures, device=state.device)
-        return state.repeat_interleave(counts, dim=0), Stream(captions, images, group(n_pictures))
+        attend: Attend = partial(attend_step, group(n_pictures))
+        if self.native is not None and self.native.fits(sum(n_pictures), like):
+            attend = partial(self.native.attend, torch.arange(len(text)).repeat_interleave(counts))
+        return state.repeat_interleave(counts, dim=0), Stream(captions, images, attend)
 
     @torch.no_grad()
     def step(self, tokens: Tensor, stream: Stream) -> Tensor:
@@ -83,7 +91,7 @@ class Decoder:
         position = stream.n_read
         x = F.embedding(tokens, self.transformer.image_token.weight) + self._positions[position]  # (R, C)
         for layer, captions, images in zip(self._layers, stream.captions, stream.images, strict=True):
-            x = layer.attend(x, captions, images, stream.groups, position)
+            x = layer.attend(x, captions, images, position, stream.attend)
             x = layer.think(x)
         stream.n_read += 1
         return x
@@ -108,7 +116,7 @@ def group(n_pictures: Sequence[int]) -> list[Group]:
 
 
 class _DecoderLayer:
-    """One layer of the transformer, for one token a picture. Heads come first: no product needs a copy."""
+    """One layer of the transformer, for one token a picture."""
 
     def __init__(self, layer: Layer, linear: Callable[[nn.Linear], Map]) -> None:
         attention, mlp = layer.attention, layer.mlp
@@ -125,30 +133,45 @@ class _DecoderLayer:
         x: Tensor,
         captions: tuple[Tensor, Tensor],
         images: ImageCache,
-        groups: Sequence[Group],
         position: Position,
+        attend: Attend,
     ) -> Tensor:
         """x + W_out attention(LN(x)) for the tokens at raster index `position`: (R, C) -> (R, C)."""
-        heads = self._qkv(self._norm(x)).view(len(x), 3, self.n_heads, -1).permute(1, 2, 0, 3)  # (3, H, R, D)
-        images.store_(position, heads[1:])
-        keys, values = images.visible(position).flatten(1, 2)  # (H R, W, D) each
-        q = (heads[0] * heads.shape[3] ** -0.5).contiguous()  # (H, R, D)
-        one_each = q.view(-1, 1, q.shape[2])  # (H R, 1, D)
-        seen = torch.bmm(one_each, keys.mT).view(*q.shape[:2], -1)  # (H, R, W)
-        bias = images.bias(position)
-        if bias is not None:
-            seen = seen + bias
-        read = _by_caption(q, captions[0].mT, groups)  # (H, R, 1 + T)
-        shares = torch.cat([read, seen], dim=-1).softmax(dim=-1)  # one softmax over both, footnote 7
-        read, seen = shares.split_with_sizes([read.shape[2], seen.shape[2]], dim=-1)
-        mixed = _by_caption(read, captions[1], groups).reshape(one_each.shape)  # (H R, 1, D)
-        mixed = torch.baddbmm(mixed, seen.flatten(0, 1)[:, None], values)
-        return x + self._out(mixed.view(q.shape).transpose(0, 1).reshape(x.shape))
+        return x + self._out(attend(self._qkv(self._norm(x)), captions, images, position))
 
     def think(self, x: Tensor) -> Tensor:
         """x + W_2 GELU(W_1 LN(x)), the same GELU as `MLPResblock`: (R, C) -> (R, C)."""
         inner = F.silu(self._expand(self._mlp_norm(x)).mul_(1.702), inplace=True).div_(1.702)  # (R, 4 C)
         return x + self._contract(inner)
+
+
+def attend_step(
+    groups: Sequence[Group],
+    heads: Tensor,
+    captions: tuple[Tensor, Tensor],
+    images: ImageCache,
+    position: Position,
+) -> Tensor:
+    """Attends from the tokens at raster index `position`: their queries, keys and values (R, 3 C) -> (R, C).
+
+    The cache takes the keys and values in. Heads come first, so that no product needs a copy.
+    """
+    n_heads, n_pictures = captions[0].shape[0], len(heads)
+    split = heads.view(n_pictures, 3, n_heads, -1).permute(1, 2, 0, 3)  # (3, H, R, D)
+    images.store_(position, split[1:])
+    keys, values = images.visible(position).flatten(1, 2)  # (H R, W, D) each
+    q = (split[0] * split.shape[3] ** -0.5).contiguous()  # (H, R, D)
+    one_each = q.view(-1, 1, q.shape[2])  # (H R, 1, D)
+    seen = torch.bmm(one_each, keys.mT).view(*q.shape[:2], -1)  # (H, R, W)
+    bias = images.bias(position)
+    if bias is not None:
+        seen = seen + bias
+    read = _by_caption(q, captions[0].mT, groups)  # (H, R, 1 + T)
+    shares = torch.cat([read, seen], dim=-1).softmax(dim=-1)  # one softmax over both, footnote 7
+    read, seen = shares.split_with_sizes([read.shape[2], seen.shape[2]], dim=-1)
+    mixed = _by_caption(read, captions[1], groups).reshape(one_each.shape)  # (H R, 1, D)
+    mixed = torch.baddbmm(mixed, seen.flatten(0, 1)[:, None], values)
+    return mixed.view(q.shape).transpose(0, 1).reshape(n_pictures, -1)  # (R, C)
 
 
 def _by_caption(x: Tensor, matrices: Tensor, groups: Sequence[Group]) -> Tensor:

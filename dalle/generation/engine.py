@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dalle.generation import native
 from dalle.generation.decoder import Decoder
 from dalle.generation.drawing import Drawing, RecordedDrawing
 from dalle.generation.options import GenerationOptions
@@ -61,13 +62,20 @@ class Engine:
     """Draws image tokens with one transformer; of a call it keeps nothing.
 
     On a GPU the steps are recorded and replayed, see `dalle.generation.drawing`; `is_recorded` overrides that.
-    `is_int8` draws with linear maps rounded to 8 bits.
+    `is_int8` draws with linear maps rounded to 8 bits, `is_native` with compiled attention for few pictures (ValueError
+    where there is no compiler).
     """
 
     def __init__(
-        self, transformer: Transformer, *, is_int8: bool = False, is_recorded: bool | None = None
+        self,
+        transformer: Transformer,
+        *,
+        is_int8: bool = False,
+        is_native: bool = False,
+        is_recorded: bool | None = None,
     ) -> None:
         self.transformer = transformer
+        self.native = native.load() if is_native else None
         self.is_int8, self.is_recorded = is_int8, is_recorded
         self._decoder: tuple[Decoder, WeightState] | None = None
 
@@ -159,7 +167,7 @@ class Engine:
         """The transformer made ready to draw: made once, and again when its weights have changed."""
         weights = [(weight.data_ptr(), weight._version) for weight in self.transformer.parameters()]
         if self._decoder is None or self._decoder[1] != weights:
-            self._decoder = (Decoder(self.transformer, self.is_int8), weights)
+            self._decoder = (Decoder(self.transformer, self.is_int8, self.native), weights)
         return self._decoder[0]
 
     def null_caption(self) -> Tensor:
