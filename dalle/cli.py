@@ -144,6 +144,12 @@ def generate(
     truncate: Annotated[bool, typer.Option(help="Cut captions that are too long, and say so.")] = False,
     dtype: Dtype = "auto",
     device: Device = None,
+    native: Annotated[
+        bool, typer.Option("--native", help="Compile attention for few pictures; needs a C compiler.")
+    ] = False,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads for drawing; from model and pictures if left out.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the PNGs.")] = Path("out"),
     grid: Annotated[bool, typer.Option(help="Also write grid.png.")] = True,
     as_json: Json = False,
@@ -156,7 +162,7 @@ def generate(
     from dalle.pipeline import DallePipeline
 
     place = _device(device)
-    pipe = DallePipeline.from_pretrained(model, dtype=dtype, device=place)
+    pipe = DallePipeline.from_pretrained(model, dtype=dtype, device=place, native=native)
     chosen = None if ranker is None else Ranker.from_pretrained(model_folder(ranker))
     if chosen is not None:
         chosen.name = str(ranker)
@@ -181,6 +187,7 @@ def generate(
             truncate=truncate,
             ranker=chosen,
             progress=progress,
+            n_threads=threads,
         )
     out.mkdir(parents=True, exist_ok=True)
     rows = []

@@ -35,6 +35,7 @@ from dalle.generation.precision import (
     threads,
 )
 from dalle.generation.recipe import (
+    MAX_THREADS,
     Completion,
     Recipe,
     Truncation,
@@ -102,6 +103,7 @@ class DallePipeline:
         self._model_sha256: str | None = None
         self._has_auto_dtype = False
         self._is_int8 = False
+        self.is_native = False  # draws few pictures with compiled attention
         self._engine = Engine(transformer)  # keeps the weights ready to draw from call to call
 
     # Load, place, save
@@ -113,6 +115,7 @@ class DallePipeline:
         *,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "cpu",
+        native: bool = False,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
     ) -> DallePipeline:
@@ -123,11 +126,13 @@ class DallePipeline:
             dtype: of the transformer: "float32", "bfloat16", "int8" (linear maps in 8 bits: faster for one or two
                 pictures on a CPU, at some loss), or "auto": the device's `default_dtype`.
             device: where to put the model.
+            native: draw few pictures with compiled attention, see `dalle.generation.native`.
             revision: branch, tag or commit on the Hub.
             cache_dir: of the Hub; HF_HOME and HF_HUB_OFFLINE are honoured.
 
         Raises:
-            ValueError: nothing there, a file missing or changed, or components that do not fit together.
+            ValueError: nothing there, a file missing or changed, components that do not fit together, or no C
+                compiler for `native`.
         """
         folder = model_folder(source, revision, cache_dir)
         if not (folder / "model_index.json").is_file():
@@ -147,6 +152,10 @@ class DallePipeline:
         if pipe.ranker is not None:
             pipe.ranker.name = pipe.name
         pipe._folder, pipe._model_sha256 = folder, file_sha256(folder / "manifest.json")
+        pipe.is_native = native
+        pipe._engine = Engine(
+            pipe.transformer, is_native=native
+        )  # compiles now, and not at the first drawing
         return pipe.to(device, dtype)
 
     def to(self, device: str | torch.device, dtype: str | torch.dtype | None = None) -> DallePipeline:
@@ -270,6 +279,7 @@ class DallePipeline:
         progress: Progress | None = None,
         callback_on_row_end: RowCallback | None = None,
         rows_per_batch: int = ROWS_PER_BATCH,
+        n_threads: int | None = None,
     ) -> PipelineOutput:
         """Draws `num_images_per_prompt` pictures for each caption; candidate i of the call uses seed + i.
 
@@ -290,6 +300,7 @@ class DallePipeline:
             callback_on_row_end: called with (pipe, grid row, tokens (R, G, G) with -1 where not drawn yet);
                 returning True stops the run, and finished pictures are returned.
             rows_per_batch: the most pictures drawn side by side; part of the recipe.
+            n_threads: of the CPU, for drawing; None follows from the model's width and the number of pictures.
 
         Raises:
             ValueError: an argument outside what is allowed, or a caption too long.
@@ -324,11 +335,14 @@ class DallePipeline:
             is_stopped = callback_on_row_end is not None and bool(callback_on_row_end(self, row, tokens))
             return is_stopped
 
-        n_threads = decode_threads(self.transformer.config.d_model, min(n_rows, rows_per_batch))
+        if n_threads is None:
+            n_threads = decode_threads(self.transformer.config.d_model, min(n_rows, rows_per_batch))
+        elif not 1 <= n_threads <= MAX_THREADS:
+            raise ValueError(f"n_threads is {n_threads}; choose 1..{MAX_THREADS}")
         with threads(n_threads):
             tokens = self._draw(
                 self.transformer,
-                self.dtype,
+                (self.dtype, self.is_native),
                 text,
                 seeds,
                 options,
@@ -359,6 +373,7 @@ class DallePipeline:
                 dtype=dtype_name(self.dtype),
                 device=self.device.type,
                 threads=n_threads,
+                native=self.is_native,
                 versions=versions,
                 model=self.name,
                 model_sha256=self.model_sha256,
@@ -436,7 +451,7 @@ class DallePipeline:
         with threads(plan.threads):
             tokens = self._draw(
                 transformer,
-                dtype,
+                (dtype, plan.native),
                 text,
                 batch.seeds,
                 plan.options,
@@ -463,7 +478,7 @@ class DallePipeline:
     def _draw(
         self,
         transformer: Transformer,
-        dtype: torch.dtype,
+        arithmetic: tuple[torch.dtype, bool],
         text: Tensor,
         seeds: Sequence[int],
         options: GenerationOptions,
@@ -472,9 +487,10 @@ class DallePipeline:
         rows_per_batch: int,
     ) -> Tensor:
         known = None if completion is None else torch.tensor(completion.known)
-        is_int8 = dtype == torch.int8
-        if self._engine.transformer is not transformer or self._engine.is_int8 != is_int8:
-            self._engine = Engine(transformer, is_int8=is_int8)
+        dtype, is_native = arithmetic
+        wanted = (transformer, dtype == torch.int8, is_native)
+        if (self._engine.transformer, self._engine.is_int8, self._engine.native is not None) != wanted:
+            self._engine = Engine(transformer, is_int8=wanted[1], is_native=is_native)
         tokens = self._engine.generate(
             text, seeds, options, known=known, on_row_end=on_row_end, rows_per_batch=rows_per_batch
         )

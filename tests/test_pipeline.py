@@ -448,6 +448,18 @@ def test_int8_is_a_choice_of_drawing_and_part_of_the_recipe(saved: Path) -> None
     assert rounded.to("cpu", "bfloat16").dtype == torch.bfloat16
 
 
+def test_compiled_attention_is_a_choice_of_loading_and_part_of_the_recipe(saved: Path) -> None:
+    plain = DallePipeline.from_pretrained(saved, dtype="float32")
+    compiled = DallePipeline.from_pretrained(saved, dtype="float32", native=True)
+    out = compiled("a red circle", num_images_per_prompt=2, n_threads=2)
+    assert (out.recipes[0]["native"], out.recipes[0]["threads"]) == (True, 2)
+    assert torch.equal(out.tokens, plain("a red circle", num_images_per_prompt=2).tokens)
+    assert plain.rerun(out.recipes[1])[1]
+    assert not plain.is_native and plain("a red circle").recipes[0]["native"] is False
+    with pytest.raises(ValueError, match=r"n_threads is 0; choose 1\.\."):
+        plain("a red circle", n_threads=0)
+
+
 def test_dtype_is_of_the_transformer_only_and_auto_is_the_machines(saved: Path) -> None:
     half = DallePipeline.from_pretrained(saved, dtype="bfloat16")
     assert half.dtype == torch.bfloat16 and next(half.dvae.parameters()).dtype == torch.float32

@@ -54,6 +54,9 @@ class Versions(Config):
     python: str
 
 
+MAX_THREADS = 1024
+
+
 class Recipe(Config):
     """How one picture was drawn."""
 
@@ -68,7 +71,8 @@ class Recipe(Config):
     truncation: Truncation | None = None  # this caption was
     dtype: str  # of the transformer's weights: float32, bfloat16 or int8
     device: str  # type of device: cpu, cuda, ...
-    threads: Annotated[int, Field(ge=1, le=1024)]  # of one operation on the CPU
+    threads: Annotated[int, Field(ge=1, le=MAX_THREADS)]  # of one operation on the CPU
+    native: bool = False  # few pictures: compiled attention, which rounds otherwise than PyTorch's
     versions: Versions
     model: str  # folder name or Hub id, for people; the hash decides
     model_sha256: str  # of the model folder's manifest.json
