@@ -14,7 +14,7 @@ override DALLE_PROMPT := $(value PROMPT)
 export DALLE_PROMPT
 unexport PROMPT
 
-.PHONY: draw test check bench clean FORCE
+.PHONY: draw test check bench race clean FORCE
 
 draw: $(STAMP)
 	$(VENV)/bin/dalle generate --out out -- "$$DALLE_PROMPT"
@@ -30,7 +30,12 @@ check: $(STAMP)
 	OMP_NUM_THREADS=$(TEST_THREADS) $(PY) -m pytest tests -q -m long
 
 bench: $(STAMP)
-	$(PY) benchmarks/speed.py
+	$(PY) benchmarks/decode.py
+
+# Other people's samplers, in an environment of their own: about 1.5 GB, and most of an hour.
+race: $(STAMP)
+	[ -e .venv-peers/bin/python ] || benchmarks/install_peers.sh
+	$(PY) benchmarks/race.py
 
 # The stamp holds the folder that the editable install points at.
 ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))

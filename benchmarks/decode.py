@@ -1,6 +1,6 @@
 """How near drawing comes to what the machine allows: time of a token step over its floor, memory, and start-up.
 
-    python benchmarks/decode.py [--quick]          # `make bench`
+    python benchmarks/decode.py [--quick] [--device cuda]          # `make bench`
 
 Everything in one run on this machine. The floor of a step is the larger of two times: that of reading what must be
 read (weights and image head once, a caption's keys and values once, of each picture the image keys that its masks
@@ -29,6 +29,10 @@ from dalle.training.recipe import Recipe, transformer_config
 from dalle.transformer import Transformer, TransformerConfig
 
 ROWS = (1, 8, 64, 512)
+WAYS = {
+    "cpu": ("bfloat16", "native", "int8"),
+    "cuda": ("recorded", "plain"),
+}  # the first: as the pipeline draws
 WEIGHT_BYTES = 2  # bfloat16
 
 
@@ -81,17 +85,25 @@ def cache_bytes(config: TransformerConfig) -> int:
     return WEIGHT_BYTES * 2 * config.d_model * slots
 
 
-def draw(model: str, n_rows: int, n_grid_rows: int) -> dict[str, float]:
-    """Seconds a step, the median of the grid rows, and the process's largest memory, bytes."""
+def draw(model: str, n_rows: int, n_grid_rows: int, way: str, device: str) -> dict[str, float]:
+    """Seconds a step, the median of the grid rows, and the largest memory, bytes: of the process, or on the GPU."""
     config = sizes(model)
     n_threads = decode_threads(config.d_model, n_rows)
-    transformer = Transformer(config).eval().to(default_dtype("cpu"))
-    engine, text = Engine(transformer), torch.randint(config.n_text_vocab, (1, config.n_text_tokens))
+    transformer = Transformer(config).eval().to(device, default_dtype(device))
+    engine = Engine(
+        transformer,
+        is_int8=way == "int8",
+        is_native=way == "native",
+        is_recorded=False if way == "plain" else None,
+    )
+    text = torch.randint(config.n_text_vocab, (1, config.n_text_tokens))
     seconds = list[float]()
     last = time.perf_counter()
 
     def on_row_end(row: int, tokens: torch.Tensor) -> bool:
         nonlocal last
+        if device == "cuda":
+            torch.cuda.synchronize()
         now = time.perf_counter()
         seconds.append((now - last) / config.grid_size)
         last = now
@@ -109,6 +121,8 @@ def draw(model: str, n_rows: int, n_grid_rows: int) -> dict[str, float]:
                 rows_per_batch=n_rows,
             )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
     return {"step": statistics.median(seconds[1:]), "peak": peak, "threads": n_threads}
 
 
@@ -166,34 +180,42 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="a few grid rows, and no 512 pictures side by side"
     )
-    parser.add_argument("--only", nargs=3, metavar=("MODEL", "ROWS", "GRID_ROWS"), help=argparse.SUPPRESS)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument(
+        "--only", nargs=4, metavar=("MODEL", "ROWS", "GRID_ROWS", "WAY"), help=argparse.SUPPRESS
+    )
     arguments = parser.parse_args()
+    device = arguments.device
     if arguments.only:
-        model, n_rows, n_grid_rows = arguments.only
-        print(json.dumps(draw(model, int(n_rows), int(n_grid_rows))))
+        model, n_rows, n_grid_rows, way = arguments.only
+        print(json.dumps(draw(model, int(n_rows), int(n_grid_rows), way, device)))
         return
-    moved, computed = bandwidth(), gemm_peak()
+    moved, computed = bandwidth(device), gemm_peak(device)
+    what = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads: {moved / 1e9:.1f} GB/s from memory, "
+        f"torch {torch.__version__}, {what}: {moved / 1e9:.1f} GB/s from memory, "
         f"{computed / 1e12:.2f} TFLOP/s in bf16\n"
     )
     print(
-        "| model | pictures side by side | threads | floor, ms a step | ours, ms a step | of the floor | whole pictures, s |"
+        "| model | rows | way | threads | floor, ms a step | ours, ms a step | of the floor | whole pictures, s |"
     )
-    print("|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|")
     peaks = dict[tuple[str, int], float]()
     for model in ("bundled", "25M"):
         config = sizes(model)
         for n_rows in ROWS[:-1] if arguments.quick else ROWS:
             n_grid_rows = min(4, config.grid_size) if arguments.quick else config.grid_size
-            found = in_a_process("--only", model, str(n_rows), str(n_grid_rows))
-            peaks[model, n_rows] = found["peak"]
-            least = floor(config, n_rows, moved, computed)
-            print(
-                f"| {model} | {n_rows} | {found['threads']} | {1e3 * least:.2f} | {1e3 * found['step']:.2f} "
-                f"| {least / found['step']:.0%} | {found['step'] * config.n_image_tokens:.2f} |",
-                flush=True,
-            )
+            for way in WAYS[device] if n_rows == 1 else WAYS[device][:1]:
+                found = in_a_process("--device", device, "--only", model, str(n_rows), str(n_grid_rows), way)
+                if way == WAYS[device][0]:
+                    peaks[model, n_rows] = found["peak"]
+                least = floor(config, n_rows, moved, computed)
+                print(
+                    f"| {model} | {n_rows} | {way} | {found['threads']} | {1e3 * least:.2f} "
+                    f"| {1e3 * found['step']:.2f} | {least / found['step']:.0%} "
+                    f"| {found['step'] * config.n_image_tokens:.2f} |",
+                    flush=True,
+                )
     if not arguments.quick:
         print(
             "\n| model | a row more (64 to 512), MB | by the formula of the masks, MB | a dense cache, MB |"
@@ -204,6 +226,8 @@ def main() -> None:
             grown = (peaks[model, 512] - peaks[model, 64]) / (512 - 64)
             dense = WEIGHT_BYTES * 2 * config.d_model * config.n_layers * (config.n_image_tokens - 1)
             print(f"| {model} | {grown / 1e6:.2f} | {cache_bytes(config) / 1e6:.2f} | {dense / 1e6:.2f} |")
+    if device == "cuda":
+        return
     times = start_up()
     print("\n| what a person waits for (bundled model, best of 3) | s |\n|---|---|")
     for name, label in (

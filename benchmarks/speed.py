@@ -1,10 +1,10 @@
-"""Time drawing and training at one preset's sizes, with fresh weights: one line of JSON a measurement.
+"""Time training at one preset's sizes, with fresh weights: one line of JSON a measurement.
 
     python benchmarks/speed.py --preset laptop --seconds 5
 
 No model or data is needed: speed depends on sizes alone. Each figure is of the fastest of the passes that fit
-into `--seconds`, so that other work on the machine disturbs it least. `draw` counts finished pictures, dVAE
-included; `dvae` and `transformer` count pictures that a training update has seen (forward, backward, optimizer).
+into `--seconds`, so that other work on the machine disturbs it least. `dvae` and `transformer` count pictures that a
+training update has seen (forward, backward, optimizer).
 """
 
 import argparse
@@ -17,14 +17,10 @@ import torch
 
 from dalle.config import load_preset, validate
 from dalle.dvae import DiscreteVAE
-from dalle.generation.engine import Engine
-from dalle.generation.options import GenerationOptions
-from dalle.generation.precision import as_dtype, decode_threads, default_dtype, threads
+from dalle.generation.precision import as_dtype, default_dtype
 from dalle.training.optim import OPTIMIZERS
 from dalle.training.recipe import Optimization, Recipe, transformer_config
 from dalle.transformer import Transformer
-
-ROWS = (1, 8, 64)  # pictures drawn side by side
 
 
 def fastest(work: Callable[[], object], seconds: float, device: torch.device) -> float:
@@ -111,21 +107,6 @@ def main() -> None:
         rows,
         update(transformer, recipe.transformer_training, lambda: transformer.loss(text, tokens).total),
     )
-
-    dvae.eval()
-    engine, options = (
-        Engine(transformer.eval().to(dtype)),
-        GenerationOptions(guidance=recipe.sampling.guidance),
-    )
-    for rows in ROWS:
-        seeds = list(range(rows))
-
-        def draw(seeds: list[int] = seeds) -> None:
-            with torch.no_grad():
-                dvae.decode(engine.generate(text[:1], seeds, options))
-
-        with threads(decode_threads(shape.d_model, rows)):  # as the pipeline draws
-            say("draw", rows, draw)
 
 
 if __name__ == "__main__":

@@ -113,6 +113,8 @@ def test_fine_tuning_beats_the_same_steps_from_scratch(tmp_path: Path) -> None:
             str(out),
             "--init-from",
             str(start),
+            "--stages",
+            "tokenizer,dvae,transformer",
         ]
         for setting in sets:
             command += ["--set", f"transformer_training.{setting}"]
