@@ -205,7 +205,7 @@ def main() -> None:
         config = sizes(model)
         for n_rows in ROWS[:-1] if arguments.quick else ROWS:
             n_grid_rows = min(4, config.grid_size) if arguments.quick else config.grid_size
-            for way in WAYS[device] if n_rows == 1 else WAYS[device][:1]:
+            for way in WAYS[device] if n_rows == 1 or device == "cuda" else WAYS[device][:1]:
                 found = in_a_process("--device", device, "--only", model, str(n_rows), str(n_grid_rows), way)
                 if way == WAYS[device][0]:
                     peaks[model, n_rows] = found["peak"]

@@ -209,6 +209,10 @@ class AttentionPlan:
             )
         return self._tables[device, dtype]
 
+    def counts(self, device: torch.device) -> Tensor:
+        """Gives how many of the `visible_slots` in `tables` count, of every position: (N,) int64."""
+        return self._make("counts", device, torch.int64, lambda: torch.tensor(self.lists()[2], device="cpu"))
+
     def lists(self) -> tuple[list[int], Tensor, list[int]]:
         """Gives for every position its `slot`, its `visible_slots` (N, W) int64, and how many of them count."""
         if self._lists is None:
@@ -410,6 +414,11 @@ class RecordedImageCache(ImageCache):
         recorded = cls.__new__(cls)
         recorded.plan, recorded.memory = cache.plan, cache.memory
         return recorded
+
+    def positions(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Gives on the device, for every position: its slot (N,), the slots it sees (N, W), and how many (N,); int64."""
+        slots, visible, _ = self.plan.tables(self.memory.device, self.memory.dtype)
+        return slots, visible, self.plan.counts(self.memory.device)
 
     def store_(self, position: Position, keys_values: Tensor) -> None:
         slots, _, _ = self.plan.tables(self.memory.device, self.memory.dtype)

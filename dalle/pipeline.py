@@ -489,8 +489,8 @@ class DallePipeline:
         known = None if completion is None else torch.tensor(completion.known)
         dtype, is_native = arithmetic
         wanted = (transformer, dtype == torch.int8, is_native)
-        if (self._engine.transformer, self._engine.is_int8, self._engine.native is not None) != wanted:
-            self._engine = Engine(transformer, is_int8=wanted[1], is_native=is_native)
+        if (self._engine.transformer, self._engine.is_int8, self._engine.is_native) != wanted:
+            self._engine = Engine(transformer, is_int8=dtype == torch.int8, is_native=is_native)
         tokens = self._engine.generate(
             text, seeds, options, known=known, on_row_end=on_row_end, rows_per_batch=rows_per_batch
         )

@@ -129,7 +129,7 @@ def test_compiled_attention_draws_the_same_tokens(kind: str) -> None:
     ):
         assert torch.equal(compiled.generate(text, seeds, options), plain.generate(text, seeds, options))
     _, stream = compiled.decoder().start(text, [1, 1, 1])
-    assert stream.attend.func == compiled.native.attend  # and not the plain way behind its back
+    assert stream.attend.func == native.load().attend  # and not the plain way behind its back
 
 
 def test_compiled_attention_in_bfloat16_is_as_near_to_float32_as_the_plain_one() -> None:
@@ -137,8 +137,8 @@ def test_compiled_attention_in_bfloat16_is_as_near_to_float32_as_the_plain_one()
     with torch.no_grad():
         expected = transformer(text, image)[1].log_softmax(-1)
     error = []
-    for compiled in (None, native.load()):
-        decoder = Decoder(transformer.to(torch.bfloat16), native=compiled)
+    for is_native in (False, True):
+        decoder = Decoder(transformer.to(torch.bfloat16), is_native=is_native)
         state, stream = decoder.start(text, [1, 1])
         for position in range(9):
             state = decoder.step(image[:, position], stream)

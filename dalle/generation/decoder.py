@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dalle.attention import ImageCache, Position
-from dalle.generation.native import Native
+from dalle.generation import native
 from dalle.transformer import Layer, Transformer
 
 Map = Callable[[Tensor], Tensor]  # a linear map or a norm, of (R, C)
@@ -40,10 +40,15 @@ class Stream:
     """Half-drawn pictures: what the layers remember of captions and image tokens. Its memory never grows."""
 
     def __init__(
-        self, captions: Sequence[tuple[Tensor, Tensor]], images: Sequence[ImageCache], attend: Attend
+        self,
+        captions: Sequence[tuple[Tensor, Tensor]],
+        images: Sequence[ImageCache],
+        groups: Sequence[Group],
+        attend: Attend,
     ) -> None:
         self.captions = captions  # of each layer: keys and values, (H, P, 1 + T, D) each
         self.images = images  # of each layer
+        self.groups = groups
         self.attend = attend
         self.n_read: Position = 0  # image tokens taken in so far, the same for every picture
 
@@ -51,12 +56,15 @@ class Stream:
 class Decoder:
     """A transformer made ready to draw; it must be made anew when the weights change.
 
-    With `is_int8` the weights of linear maps are rounded to 8 bits; captions are read with all of theirs. `native`
-    attends for few pictures.
+    With `is_int8` the weights of linear maps are rounded to 8 bits; captions are read with all of theirs. With
+    `is_native` attention is compiled: C for few pictures on a CPU, a Triton kernel for recorded steps on a GPU.
+    ValueError where that is not to be had.
     """
 
-    def __init__(self, transformer: Transformer, is_int8: bool = False, native: Native | None = None) -> None:
-        self.transformer, self.native = transformer, native
+    def __init__(self, transformer: Transformer, is_int8: bool = False, is_native: bool = False) -> None:
+        self.transformer, self.is_native = transformer, is_native
+        weight = transformer.image_head.weight
+        self._native = native.load() if is_native and weight.device.type == "cpu" else None
         self.config = transformer.config
         linear = _int8_linear if is_int8 else _linear
         self._layers = [_DecoderLayer(layer, linear) for layer in cast(Iterable[Layer], transformer.layers)]
@@ -80,10 +88,11 @@ class Decoder:
             for layer in self._layers
         ]
         counts = torch.tensor(n_pictures, device=state.device)
-        attend: Attend = partial(attend_step, group(n_pictures))
-        if self.native is not None and self.native.fits(sum(n_pictures), like):
-            attend = partial(self.native.attend, torch.arange(len(text)).repeat_interleave(counts))
-        return state.repeat_interleave(counts, dim=0), Stream(captions, images, attend)
+        groups = group(n_pictures)
+        attend: Attend = partial(attend_step, groups)
+        if self._native is not None and self._native.fits(sum(n_pictures), like):
+            attend = partial(self._native.attend, torch.arange(len(text)).repeat_interleave(counts))
+        return state.repeat_interleave(counts, dim=0), Stream(captions, images, groups, attend)
 
     @torch.no_grad()
     def step(self, tokens: Tensor, stream: Stream) -> Tensor:

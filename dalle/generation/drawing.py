@@ -10,11 +10,13 @@ Shapes: B captions, R pictures, N image tokens of a picture.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from dalle.attention import RecordedImageCache
+from dalle.generation import triton_attention
 from dalle.generation.decoder import Decoder
 from dalle.generation.sampling import Chooser
 
@@ -82,6 +84,9 @@ class RecordedDrawing(Drawing):
     ) -> None:
         super().__init__(decoder, text, n_pictures, chooser, noise, known, tokens)
         self.stream.images = [RecordedImageCache.of(cache) for cache in self.stream.images]
+        d_head = decoder.config.d_head
+        if decoder.is_native and tokens.device.type == "cuda" and triton_attention.can_run(d_head):
+            self.stream.attend = partial(triton_attention.attend, self.stream.groups)
         self._position = torch.zeros(1, dtype=torch.int64, device=tokens.device)
         self.stream.n_read = self._position
         self._first = self.state.clone()

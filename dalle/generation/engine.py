@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dalle.generation import native
 from dalle.generation.decoder import Decoder
 from dalle.generation.drawing import Drawing, RecordedDrawing
 from dalle.generation.options import GenerationOptions
@@ -62,7 +61,7 @@ class Engine:
     """Draws image tokens with one transformer; of a call it keeps nothing.
 
     On a GPU the steps are recorded and replayed, see `dalle.generation.drawing`; `is_recorded` overrides that.
-    `is_int8` draws with linear maps rounded to 8 bits, `is_native` with compiled attention for few pictures (ValueError
+    `is_int8` draws with linear maps rounded to 8 bits, `is_native` with compiled attention (ValueError
     where there is no compiler).
     """
 
@@ -75,8 +74,7 @@ class Engine:
         is_recorded: bool | None = None,
     ) -> None:
         self.transformer = transformer
-        self.native = native.load() if is_native else None
-        self.is_int8, self.is_recorded = is_int8, is_recorded
+        self.is_int8, self.is_native, self.is_recorded = is_int8, is_native, is_recorded
         self._decoder: tuple[Decoder, WeightState] | None = None
 
     # no_grad, not inference_mode: tensors that the model caches during a call must stay usable in training.
@@ -167,7 +165,7 @@ class Engine:
         """The transformer made ready to draw: made once, and again when its weights have changed."""
         weights = [(weight.data_ptr(), weight._version) for weight in self.transformer.parameters()]
         if self._decoder is None or self._decoder[1] != weights:
-            self._decoder = (Decoder(self.transformer, self.is_int8, self.native), weights)
+            self._decoder = (Decoder(self.transformer, self.is_int8, self.is_native), weights)
         return self._decoder[0]
 
     def null_caption(self) -> Tensor:
