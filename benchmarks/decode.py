@@ -10,6 +10,7 @@ positions. Drawn at temperature 1 without guidance; each measurement is a proces
 """
 
 import argparse
+import copy
 import json
 import resource
 import statistics
@@ -19,16 +20,25 @@ import time
 
 import torch
 from machine import bandwidth, gemm_peak
+from torch.utils.flop_counter import FlopCounterMode
 
 from dalle.attention import AttentionPlan, allowed_image_keys, layer_kinds
 from dalle.config import load_preset, validate
+from dalle.generation.decoder import Decoder
 from dalle.generation.engine import Engine
 from dalle.generation.options import GenerationOptions
 from dalle.generation.precision import decode_threads, default_dtype, threads
+from dalle.pipeline import DallePipeline
 from dalle.training.recipe import Recipe, transformer_config
 from dalle.transformer import Transformer, TransformerConfig
 
 ROWS = (1, 8, 64, 512)
+CAPTIONS = [
+    "a red apple, flat fluent style",
+    "a blue heart, twemoji style",
+    "a yellow cat face, noto emoji style",
+    "an umbrella, openmoji style",
+]
 WAYS = {
     "cpu": ("bfloat16", "native", "int8"),
     "cuda": ("recorded", "plain"),
@@ -149,11 +159,52 @@ CANDIDATES = """
 import json, time
 from dalle import DallePipeline
 pipe = DallePipeline.from_pretrained()
-pipe("a red apple, flat fluent style")
+pipe("a red apple, flat fluent style", num_candidates=2)
 began = time.perf_counter()
 pipe("a red apple, flat fluent style", num_images_per_prompt=32, num_candidates=512)
 print(json.dumps({"candidates_512": time.perf_counter() - began}))
 """
+
+
+def chain_floor(n: int, bytes_a_second: float, flops_a_second: float) -> dict[str, float]:
+    """Seconds that `n` candidates of the bundled model take at least: to draw, to decode and to rank."""
+    pipe = DallePipeline.from_pretrained()
+    assert pipe.ranker is not None
+    config, n_rows = pipe.transformer.config, n if pipe.defaults.guidance == 1 else 2 * n
+    tokens = torch.zeros(1, config.grid_size, config.grid_size, dtype=torch.int64)
+    flops = dict[str, int]()
+    with torch.no_grad():
+        for name, work in (
+            ("decode", lambda: pipe.dvae.decode(tokens)),
+            ("rank", lambda: pipe.ranker.encode_pictures(pipe.dvae.decode(tokens))),
+        ):
+            with FlopCounterMode(display=False) as counter:
+                work()
+            flops[name] = counter.get_total_flops()
+    flops["rank"] -= flops["decode"]
+    return {
+        "draw": config.n_image_tokens * floor(config, n_rows, bytes_a_second, flops_a_second),
+        **{name: n * count / flops_a_second for name, count in flops.items()},
+    }
+
+
+def divergences() -> dict[str, float]:
+    """KL divergence of the bundled model's next tokens from float32's, nats a token, without guidance."""
+    pipe = DallePipeline.from_pretrained(dtype="float32")
+    text = torch.stack([torch.as_tensor(pipe.tokenizer.pad(pipe.tokenizer.encode(one))) for one in CAPTIONS])
+    tokens = pipe(CAPTIONS, num_images_per_prompt=8, output_type="tokens").tokens.flatten(1)
+
+    def predicted(decoder: Decoder) -> torch.Tensor:
+        state, stream = decoder.start(text, [8] * len(CAPTIONS))
+        logits = [decoder.logits(state)]
+        for column in tokens[:, :-1].T:
+            logits.append(decoder.logits(decoder.step(column, stream)))
+        return torch.stack(logits, 1).float().log_softmax(-1)
+
+    exact = predicted(Decoder(pipe.transformer))
+    half = copy.deepcopy(pipe.transformer).to(torch.bfloat16)
+    found = {"bfloat16": predicted(Decoder(half)), "int8": predicted(Decoder(half, is_int8=True))}
+    return {name: float((exact.exp() * (exact - one)).sum(-1).mean()) for name, one in found.items()}
 
 
 def start_up() -> dict[str, float]:
@@ -228,6 +279,9 @@ def main() -> None:
             print(f"| {model} | {grown / 1e6:.2f} | {cache_bytes(config) / 1e6:.2f} | {dense / 1e6:.2f} |")
     if device == "cuda":
         return
+    print("\n| dtype | divergence from float32, nats a token |\n|---|---|")
+    for name, nats in divergences().items():
+        print(f"| {name} | {nats:.1e} |")
     times = start_up()
     print("\n| what a person waits for (bundled model, best of 3) | s |\n|---|---|")
     for name, label in (
@@ -237,6 +291,13 @@ def main() -> None:
         ("candidates_512", "512 candidates drawn, decoded and ranked, the best 32 kept"),
     ):
         print(f"| {label} | {times[name]:.2f} |")
+    parts = chain_floor(512, moved, computed)
+    least = sum(parts.values())
+    told = ", ".join(f"{name} {seconds:.2f}" for name, seconds in parts.items())
+    times_more = times["candidates_512"] / least
+    print(
+        f"\nFloor of the 512 candidates: {least:.2f} s ({told}). Ours takes {times_more:.1f} times as long."
+    )
 
 
 if __name__ == "__main__":
