@@ -117,6 +117,17 @@ def test_a_ranker_that_is_off_by_one_object_finds_no_object_but_the_style(
     assert combo["style_accuracy"] == 1.0
 
 
+def test_styles_are_told_apart_by_captions_of_the_same_objects(colours: np.ndarray, pairs: PairSet) -> None:
+    few = PairSet(
+        tuple(pair for pair in pairs if pair.fields["style"] == "flat" or int(str(pair.fields["okey"])) % 2)
+    )
+    report = report_of(Oracle(colours), few, [])
+    shared = [thing for thing in range(5, N_OBJECTS) if thing % 2]
+    for style, vector in report._styles.items():
+        texts = report.ranker.encode_captions([f"object {thing}, {style}" for thing in shared])
+        torch.testing.assert_close(vector, torch.nn.functional.normalize(texts.mean(0), dim=-1))
+
+
 def test_draws_are_scored_beside_true_pictures_and_other_captions(
     colours: np.ndarray, pairs: PairSet
 ) -> None:

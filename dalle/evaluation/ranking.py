@@ -27,6 +27,7 @@ from dalle.evaluation.zero_shot import (
 )
 from dalle.generation.rerank import Ranker
 
+OBJECT_FIELD = "okey"  # of the art set
 CAPTIONS_A_STYLE = 64  # that a style's class vector is the mean of
 PROBE_FIELD = (
     "group"  # what the linear probe tells pictures by where nothing else is asked for: the art set's
@@ -144,14 +145,25 @@ class RankerReport:
         }
 
     def _style_classes(self) -> dict[str, Tensor]:
-        """A unit vector (E,) a style: the mean over captions of pairs of split train, an ensemble over objects."""
-        classes = {}
+        """A unit vector (E,) a style: the mean over captions of split train, an ensemble over objects.
+
+        Where objects are named (field `okey`), every style has captions of the same ones: then they cancel out.
+        """
+        pools, named = dict[str, list[int]](), dict[str, dict[str, int]]()
         for style, pool in self._pools.items():
             known = [index for index in pool.tolist() if self.pairs[index].split == "train"]
             if style is not None and known:
-                classes[style] = F.normalize(
-                    self.captions(spread(known, CAPTIONS_A_STYLE)).mean(dim=0), dim=-1
-                )
+                pools[style] = known
+                okeys = [self.pairs[index].fields.get(OBJECT_FIELD) for index in known]
+                named[style] = {
+                    str(okey): i for okey, i in zip(okeys, known, strict=True) if okey is not None
+                }
+        shared = sorted(set.intersection(*map(set, named.values()))) if named else []
+        classes = {}
+        for style, known in pools.items():
+            chosen = [named[style][okey] for okey in spread(shared, CAPTIONS_A_STYLE)] if shared else known
+            vectors = self.captions(spread(chosen, CAPTIONS_A_STYLE))
+            classes[style] = F.normalize(vectors.mean(dim=0), dim=-1)
         return classes
 
     def _probe(self, held_out: dict[int, Tensor]) -> dict[str, Any] | None:
