@@ -120,7 +120,7 @@ def test_weights_laid_out_in_advance_change_no_logit(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_compiled_attention_draws_the_same_tokens(kind: str) -> None:
+def test_compiled_steps_draw_the_same_tokens(kind: str) -> None:
     transformer, text = build((kind, "row", kind)).eval(), captions(3)
     plain, compiled = Engine(transformer), Engine(transformer, is_native=True)
     for seeds, options in (
@@ -128,11 +128,12 @@ def test_compiled_attention_draws_the_same_tokens(kind: str) -> None:
         (range(6), GenerationOptions(guidance=2, top_k=5)),
     ):
         assert torch.equal(compiled.generate(text, seeds, options), plain.generate(text, seeds, options))
-    _, stream = compiled.decoder().start(text, [1, 1, 1])
-    assert stream.attend.func == native.load().attend  # and not the plain way behind its back
+    state, stream = compiled.decoder().start(text, [1, 1, 1])
+    assert stream.caption_of is not None  # and not the plain way behind its back
+    assert compiled.decoder().logits(state).dtype == torch.float32
 
 
-def test_compiled_attention_in_bfloat16_is_as_near_to_float32_as_the_plain_one() -> None:
+def test_compiled_steps_in_bfloat16_are_as_near_to_float32_as_plain_ones() -> None:
     transformer, text, image = build().eval(), captions(2), pictures(2)
     with torch.no_grad():
         expected = transformer(text, image)[1].log_softmax(-1)
@@ -140,6 +141,7 @@ def test_compiled_attention_in_bfloat16_is_as_near_to_float32_as_the_plain_one()
     for is_native in (False, True):
         decoder = Decoder(transformer.to(torch.bfloat16), is_native=is_native)
         state, stream = decoder.start(text, [1, 1])
+        assert (stream.caption_of is not None) == is_native
         for position in range(9):
             state = decoder.step(image[:, position], stream)
         found = decoder.logits(state).float().log_softmax(-1)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dalle.attention import ImageCache, Position
-from dalle.generation import native
+from dalle.generation.native import NativeSteps
 from dalle.transformer import Layer, Transformer
 
 Map = Callable[[Tensor], Tensor]  # a linear map or a norm, of (R, C)
@@ -50,6 +50,7 @@ class Stream:
         self.images = images  # of each layer
         self.groups = groups
         self.attend = attend
+        self.caption_of: Tensor | None = None  # of each picture, where compiled C draws
         self.n_read: Position = 0  # image tokens taken in so far, the same for every picture
 
 
@@ -57,14 +58,15 @@ class Decoder:
     """A transformer made ready to draw; it must be made anew when the weights change.
 
     With `is_int8` the weights of linear maps are rounded to 8 bits; captions are read with all of theirs. With
-    `is_native` attention is compiled: C for few pictures on a CPU, a Triton kernel for recorded steps on a GPU.
-    ValueError where that is not to be had.
+    `is_native` few pictures on a CPU are drawn by compiled C (ValueError without a compiler), recorded steps on a GPU
+    attend by a Triton kernel.
     """
 
     def __init__(self, transformer: Transformer, is_int8: bool = False, is_native: bool = False) -> None:
         self.transformer, self.is_native = transformer, is_native
         weight = transformer.image_head.weight
-        self._native = native.load() if is_native and weight.device.type == "cpu" else None
+        can_compile = is_native and not is_int8 and NativeSteps.fits(weight, 1)
+        self._native = NativeSteps(transformer) if can_compile else None
         self.config = transformer.config
         linear = _int8_linear if is_int8 else _linear
         self._layers = [_DecoderLayer(layer, linear) for layer in cast(Iterable[Layer], transformer.layers)]
@@ -89,25 +91,30 @@ class Decoder:
         ]
         counts = torch.tensor(n_pictures, device=state.device)
         groups = group(n_pictures)
-        attend: Attend = partial(attend_step, groups)
-        if self._native is not None and self._native.fits(sum(n_pictures), like):
-            attend = partial(self._native.attend, torch.arange(len(text)).repeat_interleave(counts))
-        return state.repeat_interleave(counts, dim=0), Stream(captions, images, groups, attend)
+        stream = Stream(captions, images, groups, partial(attend_step, groups))
+        if self._native is not None and NativeSteps.fits(like, sum(n_pictures)):
+            stream.caption_of = torch.arange(len(text)).repeat_interleave(counts)
+        return state.repeat_interleave(counts, dim=0), stream
 
     @torch.no_grad()
     def step(self, tokens: Tensor, stream: Stream) -> Tensor:
         """Takes in the next image token of each picture, (R,) int64 -> states (R, C) that predict the one after."""
         position = stream.n_read
         x = F.embedding(tokens, self.transformer.image_token.weight) + self._positions[position]  # (R, C)
-        for layer, captions, images in zip(self._layers, stream.captions, stream.images, strict=True):
-            x = layer.attend(x, captions, images, position, stream.attend)
-            x = layer.think(x)
-        stream.n_read += 1
+        if self._native is not None and stream.caption_of is not None:
+            x = self._native.step(x, stream.captions, stream.images, stream.caption_of, int(position))
+        else:
+            for layer, captions, images in zip(self._layers, stream.captions, stream.images, strict=True):
+                x = layer.attend(x, captions, images, position, stream.attend)
+                x = layer.think(x)
+        stream.n_read += 1  # last: on a GPU, `position` is the same tensor
         return x
 
     @torch.no_grad()
     def logits(self, state: Tensor) -> Tensor:
         """What a state (R, C) says of the next image token: (R, K), in the transformer's dtype."""
+        if self._native is not None and NativeSteps.fits(self.transformer.image_head.weight, len(state)):
+            return self._native.logits(state)
         return self._head(self._norm(state))
 
 

@@ -1,16 +1,32 @@
-// Attention of one image token a picture, in one pass: store its key and value, score, softmax, mix.
+// One layer of the decoder for one image token of a few pictures, and the image head, each in one pass over the weights.
 //
-// What dalle/generation/decoder.py does with a dozen tensor operations, for few pictures at once, where starting an
-// operation costs more than doing it. Compiled by dalle/generation/native.py when it is asked for.
+// What dalle/generation/decoder.py does with tensor operations, for few pictures at once: there a step is as long as its
+// weights take to read, and starting thirty operations a layer would take as long again. Compiled by native.py.
+// All sums are float; weights and caches are float or bfloat16 (T).
 //
-// Shapes: H heads, R pictures, P captions, T text slots with BOS, L slots of the image cache, W of them seen, D head
-// width. qkv (R, 3, H, D); keys and values of captions (H, P, T, D); memory (2, H, R, L, D); out (R, H, D); scores has
-// room for T + W numbers.
+// Shapes: H heads, R pictures, P captions, S text slots with BOS, L slots of the image cache, W of them seen, D head
+// width, C = H D. Weights are as PyTorch keeps them: (outputs, inputs).
 
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 
 typedef uint16_t bfloat16;
+
+struct layer {  // pointers to T, but for the scratch
+    const void *norm_gain, *norm_bias, *qkv, *qkv_bias, *out, *out_bias;
+    const void *mlp_gain, *mlp_bias, *expand, *expand_bias, *contract, *contract_bias;
+};
+
+struct stream {
+    const void *keys, *values;  // of captions, T (H, P, S, D)
+    void *memory;               // image keys, then values, T (2, H, R, L, D)
+    const int64_t *caption_of;  // (R,)
+    const int64_t *seen;        // the slots to read, (W,)
+    float *x;                   // the residual stream, (R, C), in and out
+    float *scratch;             // see SCRATCH in native.py
+    int64_t n_heads, d_head, n_pictures, n_captions, n_text, n_slots, n_seen, slot, n_threads;
+};
 
 static inline float read_bfloat16(bfloat16 x) {
     union { uint32_t bits; float value; } v = {(uint32_t)x << 16};
@@ -25,53 +41,100 @@ static inline bfloat16 write_bfloat16(float x) {  // to the nearest, ties to eve
 static inline float read_float(float x) { return x; }
 static inline float write_float(float x) { return x; }
 
-#define MAX_D 256
+static const float EPSILON = 1e-5f;  // LAYER_NORM_EPS of transformer.py
 
-#define DEFINE_ATTEND(T)                                                                                              \
-    static inline float dot_##T(const float *q, const T *key, int64_t d) {                                            \
+// x sigmoid(1.702 x), as in MLPResblock
+static inline float gelu(float x) { return x / (1 + expf(-1.702f * x)); }
+
+#define DEFINE(T)                                                                                                     \
+    static inline float dot_##T(const float *restrict x, const T *restrict w, int64_t n) {                            \
         float sum = 0;                                                                                                \
-        for (int64_t i = 0; i < d; i++) sum += q[i] * read_##T(key[i]);                                               \
+        for (int64_t i = 0; i < n; i++) sum += x[i] * read_##T(w[i]);                                                 \
         return sum;                                                                                                   \
     }                                                                                                                 \
                                                                                                                       \
-    static inline void mix_##T(float *sum, float share, const T *value, int64_t d) {                                  \
-        for (int64_t i = 0; i < d; i++) sum[i] += share * read_##T(value[i]);                                         \
+    static void norm_##T(const float *restrict x, const T *restrict gain, const T *restrict bias, float *restrict y,  \
+                         int64_t n) {                                                                                 \
+        float mean = 0, variance = 0;                                                                                 \
+        for (int64_t i = 0; i < n; i++) mean += x[i];                                                                 \
+        mean /= n;                                                                                                    \
+        for (int64_t i = 0; i < n; i++) variance += (x[i] - mean) * (x[i] - mean);                                    \
+        const float scale = 1 / sqrtf(variance / n + EPSILON);                                                        \
+        for (int64_t i = 0; i < n; i++) y[i] = (x[i] - mean) * scale * read_##T(gain[i]) + read_##T(bias[i]);         \
     }                                                                                                                 \
                                                                                                                       \
-    void attend_##T(const T *qkv, const T *keys, const T *values, T *memory, const int64_t *caption_of,               \
-                    const int64_t *seen, T *out, float *scores, int64_t n_heads, int64_t n_pictures,                  \
-                    int64_t n_captions, int64_t n_text, int64_t n_slots, int64_t n_seen, int64_t d, int64_t slot) {   \
-        const float scale = 1 / sqrtf((float)d);                                                                      \
-        for (int64_t h = 0; h < n_heads; h++) {                                                                       \
-            for (int64_t r = 0; r < n_pictures; r++) {                                                                \
-                const T *own = qkv + (r * 3 * n_heads + h) * d;                                                       \
-                T *image_keys = memory + (h * n_pictures + r) * n_slots * d;                                          \
-                T *image_values = image_keys + n_heads * n_pictures * n_slots * d;                                    \
-                const int64_t text = (h * n_captions + caption_of[r]) * n_text * d;                                   \
-                float q[MAX_D], sum[MAX_D], total = 0, largest;                                                       \
-                for (int64_t i = 0; i < d; i++) {                                                                     \
-                    q[i] = scale * read_##T(own[i]);                                                                  \
-                    sum[i] = 0;                                                                                       \
-                    image_keys[slot * d + i] = own[n_heads * d + i];                                                  \
-                    image_values[slot * d + i] = own[2 * n_heads * d + i];                                            \
-                }                                                                                                     \
-                for (int64_t t = 0; t < n_text; t++) scores[t] = dot_##T(q, keys + text + t * d, d);                  \
-                for (int64_t w = 0; w < n_seen; w++)                                                                  \
-                    scores[n_text + w] = dot_##T(q, image_keys + seen[w] * d, d);                                     \
-                largest = scores[0];                                                                                  \
-                for (int64_t i = 1; i < n_text + n_seen; i++) largest = scores[i] > largest ? scores[i] : largest;    \
-                for (int64_t i = 0; i < n_text + n_seen; i++) {                                                       \
-                    scores[i] = expf(scores[i] - largest);                                                            \
-                    total += scores[i];                                                                               \
-                }                                                                                                     \
-                for (int64_t t = 0; t < n_text; t++) mix_##T(sum, scores[t], values + text + t * d, d);               \
-                for (int64_t w = 0; w < n_seen; w++)                                                                  \
-                    mix_##T(sum, scores[n_text + w], image_values + seen[w] * d, d);                                  \
-                for (int64_t i = 0; i < d; i++)                                                                       \
-                    out[(r * n_heads + h) * d + i] = write_##T(sum[i] / total);                                       \
-            }                                                                                                         \
+    /* One picture and one head: store key and value, score, softmax, mix. */                                         \
+    static void attend_##T(const struct stream *s, int64_t h, int64_t r, const float *qkv, float *mixed,              \
+                           float *restrict scores) {                                                                  \
+        const int64_t d = s->d_head, c = s->n_heads * d, n = s->n_text + s->n_seen;                                   \
+        const float *own = qkv + r * 3 * c + h * d, scale = 1 / sqrtf((float)d);                                      \
+        T *image_keys = (T *)s->memory + (h * s->n_pictures + r) * s->n_slots * d;                                    \
+        T *image_values = image_keys + c * s->n_pictures * s->n_slots;                                                \
+        const int64_t text = (h * s->n_captions + s->caption_of[r]) * s->n_text * d;                                  \
+        const T *keys = (const T *)s->keys + text, *values = (const T *)s->values + text;                             \
+        float *restrict sum = mixed + r * c + h * d;                                                                  \
+        float total = 0, largest;                                                                                     \
+        for (int64_t i = 0; i < d; i++) {                                                                             \
+            image_keys[s->slot * d + i] = write_##T(own[c + i]);                                                      \
+            image_values[s->slot * d + i] = write_##T(own[2 * c + i]);                                                \
+            sum[i] = 0;                                                                                               \
         }                                                                                                             \
+        for (int64_t t = 0; t < s->n_text; t++) scores[t] = scale * dot_##T(own, keys + t * d, d);                    \
+        for (int64_t w = 0; w < s->n_seen; w++)                                                                       \
+            scores[s->n_text + w] = scale * dot_##T(own, image_keys + s->seen[w] * d, d);                             \
+        largest = scores[0];                                                                                          \
+        for (int64_t i = 1; i < n; i++) largest = scores[i] > largest ? scores[i] : largest;                          \
+        for (int64_t i = 0; i < n; i++) {                                                                             \
+            scores[i] = expf(scores[i] - largest);                                                                    \
+            total += scores[i];                                                                                       \
+        }                                                                                                             \
+        for (int64_t t = 0; t < s->n_text; t++)                                                                       \
+            for (int64_t i = 0; i < d; i++) sum[i] += scores[t] * read_##T(values[t * d + i]);                        \
+        for (int64_t w = 0; w < s->n_seen; w++) {                                                                     \
+            const T *value = image_values + s->seen[w] * d;                                                           \
+            for (int64_t i = 0; i < d; i++) sum[i] += scores[s->n_text + w] * read_##T(value[i]);                     \
+        }                                                                                                             \
+        for (int64_t i = 0; i < d; i++) sum[i] /= total;                                                              \
+    }                                                                                                                 \
+                                                                                                                      \
+    void layer_##T(const struct layer *l, const struct stream *s) {                                                   \
+        const int64_t c = s->n_heads * s->d_head, n = s->n_pictures;                                                  \
+        float *qkv = s->scratch, *mixed = qkv + 3 * c * n, *inner = mixed + c * n, *per_thread = inner + 4 * c * n;   \
+        const int64_t n_per_thread = c * n + s->n_text + s->n_slots;                                                  \
+        _Pragma("omp parallel num_threads(s->n_threads)") {                                                           \
+            float *normed = per_thread + omp_get_thread_num() * n_per_thread, *scores = normed + c * n;               \
+            for (int64_t r = 0; r < n; r++) /* by every thread for itself: cheaper than waiting */                    \
+                norm_##T(s->x + r * c, l->norm_gain, l->norm_bias, normed + r * c, c);                                \
+            _Pragma("omp for schedule(static)") for (int64_t o = 0; o < 3 * c; o++)                                   \
+                for (int64_t r = 0; r < n; r++)                                                                       \
+                    qkv[r * 3 * c + o] = dot_##T(normed + r * c, (const T *)l->qkv + o * c, c) +                      \
+                                         read_##T(((const T *)l->qkv_bias)[o]);                                       \
+            _Pragma("omp for schedule(static)") for (int64_t i = 0; i < s->n_heads * n; i++)                          \
+                attend_##T(s, i / n, i % n, qkv, mixed, scores);                                                      \
+            _Pragma("omp for schedule(static)") for (int64_t o = 0; o < c; o++)                                       \
+                for (int64_t r = 0; r < n; r++)                                                                       \
+                    s->x[r * c + o] += dot_##T(mixed + r * c, (const T *)l->out + o * c, c) +                         \
+                                       read_##T(((const T *)l->out_bias)[o]);                                         \
+            for (int64_t r = 0; r < n; r++)                                                                           \
+                norm_##T(s->x + r * c, l->mlp_gain, l->mlp_bias, normed + r * c, c);                                  \
+            _Pragma("omp for schedule(static)") for (int64_t o = 0; o < 4 * c; o++)                                   \
+                for (int64_t r = 0; r < n; r++)                                                                       \
+                    inner[r * 4 * c + o] = gelu(dot_##T(normed + r * c, (const T *)l->expand + o * c, c) +            \
+                                                read_##T(((const T *)l->expand_bias)[o]));                            \
+            _Pragma("omp for schedule(static)") for (int64_t o = 0; o < c; o++)                                       \
+                for (int64_t r = 0; r < n; r++)                                                                       \
+                    s->x[r * c + o] += dot_##T(inner + r * 4 * c, (const T *)l->contract + o * 4 * c, 4 * c) +        \
+                                       read_##T(((const T *)l->contract_bias)[o]);                                    \
+        }                                                                                                             \
+    }                                                                                                                 \
+                                                                                                                      \
+    /* Logits (R, K) of states x (R, C). */                                                                           \
+    void head_##T(const T *gain, const T *bias, const T *head, const float *x, float *scratch, float *logits,         \
+                  int64_t n, int64_t c, int64_t n_codes, int64_t n_threads) {                                         \
+        for (int64_t r = 0; r < n; r++) norm_##T(x + r * c, gain, bias, scratch + r * c, c);                          \
+        _Pragma("omp parallel for schedule(static) num_threads(n_threads)") for (int64_t o = 0; o < n_codes; o++)     \
+            for (int64_t r = 0; r < n; r++) logits[r * n_codes + o] = dot_##T(scratch + r * c, head + o * c, c);      \
     }
 
-DEFINE_ATTEND(float)
-DEFINE_ATTEND(bfloat16)
+DEFINE(float)
+DEFINE(bfloat16)

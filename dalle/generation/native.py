@@ -1,9 +1,9 @@
-"""Attention for few pictures in compiled C, where starting a dozen tensor operations costs more than doing them.
+"""Token steps of few pictures in compiled C: one call a layer, one pass over its weights.
 
 Optional, and never on by itself: `dalle generate --native` compiles `native.c` with the machine's C compiler on first
-use, into the user's cache. It rounds otherwise than PyTorch does, so a recipe says that it was used.
+use, into the user's cache. It rounds otherwise than PyTorch does (all sums are float32), so a recipe says that it was used.
 
-Shapes: R pictures, P captions, H heads, D head width, T text tokens, W image keys that a token sees.
+Shapes: R pictures, P captions, H heads, D head width, C model width, K image ids.
 """
 
 from __future__ import annotations
@@ -16,68 +16,133 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from dalle.attention import ImageCache, Position
+from dalle.attention import ImageCache
+from dalle.transformer import Layer, Transformer
 
 SOURCE = Path(__file__).with_name("native.c")
 # The flags of fast maths are for compiling only: at linking, gcc would turn denormal numbers off in the whole process.
-COMPILE = ("-O3", "-march=native", "-ffast-math", "-fPIC", "-c")
-LINK = ("-shared",)
-MAX_PICTURES = 8  # above, PyTorch's matrix products are as fast; the benchmark of decode.py shows where
-MAX_D_HEAD = 256  # of native.c
-NAMES = {torch.float32: "attend_float", torch.bfloat16: "attend_bfloat16"}
+COMPILE = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-c")
+LINK = ("-shared", "-fopenmp")
+MAX_PICTURES = 4  # above, PyTorch's matrix products read the weights as fast and compute faster
+NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 
 
-class Native:
-    """The compiled functions."""
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        (f"{block}_{what}", ctypes.c_void_p)
+        for block in ("attention", "mlp")
+        for what in ("gain", "bias", "first", "first_bias", "second", "second_bias")
+    ]
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._functions = {dtype: getattr(library, name) for dtype, name in NAMES.items()}
 
-    def attend(
+class _Stream(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("keys", "values", "memory", "caption_of", "seen", "x", "scratch")
+        ),
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                "n_heads",
+                "d_head",
+                "n_pictures",
+                "n_captions",
+                "n_text",
+                "n_slots",
+                "n_seen",
+                "slot",
+            )
+        ),
+        ("n_threads", ctypes.c_int64),
+    ]
+
+
+class NativeSteps:
+    """The steps of one transformer, from its own weights; ValueError where they cannot be compiled."""
+
+    def __init__(self, transformer: Transformer) -> None:
+        library, self._dtype = load(), transformer.image_head.weight.dtype
+        self._layer, self._head = (
+            getattr(library, f"{name}_{NAMES[self._dtype]}") for name in ("layer", "head")
+        )
+        self._transformer = transformer
+        self._layers = []
+        for layer in cast(Iterable[Layer], transformer.layers):
+            attention, mlp = layer.attention, layer.mlp
+            maps = (attention.norm, attention.qkv, attention.out, mlp.norm, mlp.expand, mlp.contract)
+            pointers = [x.data_ptr() for one in maps for x in (one.weight, one.bias)]
+            self._layers.append(_Layer(*pointers))
+
+    @staticmethod
+    def fits(weight: Tensor, n_pictures: int) -> bool:
+        """Whether it is worth it, and able to: few pictures, on a CPU."""
+        return weight.device.type == "cpu" and weight.dtype in NAMES and n_pictures <= MAX_PICTURES
+
+    def step(
         self,
+        x: Tensor,
+        captions: Sequence[tuple[Tensor, Tensor]],
+        images: Sequence[ImageCache],
         caption_of: Tensor,
-        heads: Tensor,
-        captions: tuple[Tensor, Tensor],
-        images: ImageCache,
-        position: Position,
+        position: int,
     ) -> Tensor:
-        """What `dalle.generation.decoder.attend_step` gives, for pictures of the captions `caption_of` (R,) int64."""
-        keys, values, position = *captions, int(position)
-        n_heads, n_captions, n_text, d_head = keys.shape
-        n_pictures = len(heads)
-        slots, visible, counts = images.plan.lists()
-        n_seen = counts[position]
-        out = heads.new_empty(n_pictures, n_heads * d_head)
-        scores = torch.empty(n_text + n_seen)
-        seen = visible.data_ptr() + visible.stride(0) * visible.itemsize * position
-        self._functions[heads.dtype](
-            *map(
-                ctypes.c_void_p,
-                (heads.data_ptr(), keys.data_ptr(), values.data_ptr(), images.memory.data_ptr()),
-            ),
-            *map(ctypes.c_void_p, (caption_of.data_ptr(), seen, out.data_ptr(), scores.data_ptr())),
-            *map(ctypes.c_int64, (n_heads, n_pictures, n_captions, n_text, images.plan.n_slots)),
-            *map(ctypes.c_int64, (n_seen, d_head, slots[position])),
-        )
-        return out
+        """All layers for the tokens at raster index `position`: embeddings (R, C) -> states (R, C), float32.
 
-    def fits(self, n_pictures: int, like: Tensor) -> bool:
-        """Whether it is worth it, and able to: few pictures on a CPU."""
-        return (
-            n_pictures <= MAX_PICTURES
-            and like.device.type == "cpu"
-            and like.dtype in NAMES
-            and like.shape[-1] <= MAX_D_HEAD
+        The caches take in the tokens' keys and values; `caption_of` (R,) int64 says whose caption each picture has.
+        """
+        x = x.float().contiguous()  # edited in place from here on
+        n_heads, n_captions, n_text, d_head = captions[0][0].shape
+        n_pictures, width, n_threads = len(x), x.shape[1], torch.get_num_threads()
+        # queries, keys and values, what is mixed, the MLP; for each thread the normed states and the scores
+        n_slots = max(cache.plan.n_slots for cache in images)
+        n_scratch = 8 * width * n_pictures + n_threads * (width * n_pictures + n_text + n_slots)
+        scratch = torch.empty(n_scratch)
+        for layer, (keys, values), cache in zip(self._layers, captions, images, strict=True):
+            slots, visible, counts = cache.plan.lists()
+            stream = _Stream(
+                keys.data_ptr(),
+                values.data_ptr(),
+                cache.memory.data_ptr(),
+                caption_of.data_ptr(),
+                visible.data_ptr() + visible.stride(0) * visible.itemsize * position,
+                x.data_ptr(),
+                scratch.data_ptr(),
+                n_heads,
+                d_head,
+                n_pictures,
+                n_captions,
+                n_text,
+                cache.plan.n_slots,
+                counts[position],
+                slots[position],
+                n_threads,
+            )
+            self._layer(ctypes.byref(layer), ctypes.byref(stream))
+        return x
+
+    def logits(self, state: Tensor) -> Tensor:
+        """What states (R, C) say of the next image token: (R, K) float32."""
+        norm, head = self._transformer.norm, self._transformer.image_head.weight
+        x = state.float().contiguous()
+        scratch, logits = torch.empty_like(x), torch.empty(len(x), len(head))
+        pointers = (norm.weight, norm.bias, head, x, scratch, logits)
+        self._head(
+            *(ctypes.c_void_p(one.data_ptr()) for one in pointers),
+            *map(ctypes.c_int64, (len(x), x.shape[1], len(head), torch.get_num_threads())),
         )
+        return logits
 
 
 @functools.cache
-def load() -> Native:
+def load() -> ctypes.CDLL:
     """The compiled functions, compiled first where they are not in the user's cache.
 
     Raises:
@@ -88,7 +153,7 @@ def load() -> Native:
     library = cache / f"native-{hashlib.sha256(b'|'.join(facts)).hexdigest()[:16]}.so"
     if not library.is_file():
         _compile(library)
-    return Native(ctypes.CDLL(str(library)))
+    return ctypes.CDLL(str(library))
 
 
 def _compile(library: Path) -> None:
