@@ -180,21 +180,8 @@ def near_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Image.
 
     Not in the paper: small pictures that fill their frame would lose their edges to Listing 2.
     """
-    return _part_of_square(image, size, rng, slack=min(image.size) // 16)
-
-
-def zoom_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
-    """Return a square of 3/5 of the central square's side or more, anywhere in it, at (size, size).
-
-    Not in the papers: a few ten thousand pictures seen forty times are learned by heart unless they change.
-    """
-    return _part_of_square(image, size, rng, slack=2 * min(image.size) // 5)
-
-
-def _part_of_square(image: Image.Image, size: int, rng: np.random.Generator, *, slack: int) -> Image.Image:
-    """A square up to `slack` pixels smaller than the central one, anywhere in it, at (size, size)."""
     s = min(image.size)
-    side = s - int(rng.integers(slack + 1))
+    side = s - int(rng.integers(s // 16 + 1))
     left, top = ((length - s) // 2 + int(rng.integers(s - side + 1)) for length in image.size)
     return center_crop(_crop(image, left, top, side), size)
 

@@ -107,17 +107,3 @@ def test_batches_run_over_epoch_ends() -> None:
 def test_a_batch_larger_than_the_data_takes_several_epochs() -> None:
     members = Order(pairs(3), seed=0).batch(0, 8)
     assert [epoch for epoch, _ in members] == [0, 0, 0, 1, 1, 1, 2, 2]
-
-
-def test_alike_pictures_come_in_runs_and_none_is_lost() -> None:
-    members = [
-        Pair(key=str(n), captions=("a",), split="train", fields={"okey": f"{n % 7}", "style": n})
-        for n in range(70)
-    ]
-    order = Order(members, 3, alike=("okey", 5))
-    first, second = order.epoch(0).tolist(), order.epoch(1).tolist()
-    assert sorted(first) == sorted(second) == list(range(70))
-    assert first != second
-    for start in range(0, 70, 5):
-        assert len({index % 7 for index in first[start : start + 5]}) == 1
-    assert np.array_equal(Order(members, 3, alike=("okey", 5)).epoch(1), second)

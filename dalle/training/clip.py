@@ -62,25 +62,20 @@ class CLIPStage:
         self.train = train
         self.captions, self.n_truncated = fitting_captions(train, tokenizer)
         self.device = next(model.parameters()).device
-        alike = None if settings.alike_in is None else (settings.alike_in, settings.n_alike)
-        if alike is not None and not any(alike[0] in pair.fields for pair in train):
-            raise ValueError(f"clip_training.alike_in is {alike[0]!r}, a field that no picture has")
         n_epoch = Order(train, seed, balance).n_epoch
         if n_epoch < settings.batch_size * settings.accumulation:
             self.settings = settings = _fitting(settings, n_epoch)
-        n_update = settings.batch_size * settings.accumulation
-        self.order = Order(train, seed, balance, multiple=n_update, alike=alike)
+        self.order = Order(train, seed, balance, multiple=settings.batch_size * settings.accumulation)
         size = model.config.image_size
         is_whole = settings.crop == "center"
         side = size if is_whole else size + size // 8
-        cut = images.zoom_crop if settings.crop == "zoom" else images.near_crop
         self._pictures = Pictures(
             train,
             self.order,
             settings.batch_size,
             bad,
             read=lambda pair: images.center_crop(pair.open(), size) if is_whole else _square(pair, side),
-            draw=None if is_whole else lambda picture, drawn: cut(picture, size, drawn),
+            draw=None if is_whole else lambda picture, drawn: images.near_crop(picture, size, drawn),
             side=side,
             seed=seed,
         )

@@ -19,19 +19,12 @@ def rng(*key: int | str) -> np.random.Generator:
 class Order:
     """Shuffled epochs over `pairs`; with a balance, large groups of alike pictures give a few members an epoch each.
 
-    With `alike`, a field and a number, pictures that agree in the field come so many at a time.
-
     An epoch's last pictures are left out where it is no multiple of `multiple`, so that no run of so many, counted
     from the start, meets a picture twice. Raises ValueError when an epoch is shorter than that.
     """
 
     def __init__(
-        self,
-        pairs: Sequence[Pair],
-        seed: int,
-        balance: Balance | None = None,
-        multiple: int = 1,
-        alike: tuple[str, int] | None = None,
+        self, pairs: Sequence[Pair], seed: int, balance: Balance | None = None, multiple: int = 1
     ) -> None:
         self.seed = seed
         self.cap = balance.cap if balance else 1
@@ -46,8 +39,6 @@ class Order:
             raise ValueError(
                 f"an epoch has {n_chosen} pictures, an update needs {multiple} different ones: lower the batch size"
             )
-        self._alike = None if alike is None else [str(pair.fields.get(alike[0])) for pair in pairs]
-        self._n_alike = 1 if alike is None else alike[1]
         self._cached: tuple[int, np.ndarray] | None = None
 
     def epoch(self, number: int) -> np.ndarray:
@@ -59,22 +50,8 @@ class Order:
                 members if len(members) <= self.cap else generator.choice(members, self.cap, replace=False)
                 for members in self.groups
             ]
-            order = generator.permutation(np.concatenate(chosen))
-            if self._alike is not None:
-                order = self._in_runs(order, self._alike, generator)
-            cached = self._cached = (number, order)
+            cached = self._cached = (number, generator.permutation(np.concatenate(chosen)))
         return cached[1]
-
-    def _in_runs(
-        self, order: np.ndarray, values: Sequence[str], generator: np.random.Generator
-    ) -> np.ndarray:
-        """The same pictures in runs of at most `_n_alike` with one value, the runs in random order."""
-        members: dict[str, list[int]] = defaultdict(list)
-        for index in order.tolist():
-            members[values[index]].append(index)
-        n = self._n_alike
-        runs = [group[start : start + n] for group in members.values() for start in range(0, len(group), n)]
-        return np.array([index for run in generator.permutation(len(runs)) for index in runs[run]])
 
     def batch(self, number: int, size: int) -> list[tuple[int, int]]:
         """The (epoch, picture index) of every member of micro-batch `number`; batches run over epoch ends."""

@@ -66,8 +66,7 @@ class TransformerTraining(Optimization):
 class CLIPTraining(Optimization):
     """Stage 3 (Radford et al. 2021, §2.5): a batch's pictures are all different, one caption each."""
 
-    # nearly the whole picture, or 3/5 of its side and more, drawn anew each epoch; or always all of it
-    crop: Literal["near", "zoom", "center"]
+    crop: Literal["near", "center"]  # nearly the whole picture, drawn anew each epoch; or always all of it
     bpe_dropout: float = Field(0.0, ge=0, lt=1)
     reconstructed: float = Field(
         0.0, ge=0, le=1
@@ -76,10 +75,6 @@ class CLIPTraining(Optimization):
     image_size: int | None = Field(
         None, ge=1
     )  # train a given CLIP on at another size (§3.2: 336 px for the last epoch)
-    # A field in which pictures that share a batch agree, `n_alike` at a time: then it is what they do not agree in that
-    # the loss has to tell apart.
-    alike_in: str | None = None
-    n_alike: int = Field(4, ge=2)
     half_of: str | None = None  # a field: train on those of its values whose hash is even; for a judge
 
 
