@@ -15,6 +15,7 @@ from dalle.generation.engine import Engine
 from dalle.generation.options import GenerationOptions
 from dalle.transformer import Transformer
 from tests.test_generation_engine import GRID, KINDS, N_CODES, N_TOKENS, build, captions
+from tests.tiny import needs_compiler
 
 
 def stepped(transformer: Transformer, text: Tensor, image: Tensor, n_pictures: list[int]) -> Tensor:
@@ -119,6 +120,7 @@ def test_weights_laid_out_in_advance_change_no_logit(monkeypatch: pytest.MonkeyP
     assert float((packed.float().log_softmax(-1) - expected).abs().mean()) < 0.1
 
 
+@needs_compiler
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_steps_draw_the_same_tokens(kind: str) -> None:
     transformer, text = build((kind, "row", kind)).eval(), captions(3)
@@ -133,6 +135,7 @@ def test_compiled_steps_draw_the_same_tokens(kind: str) -> None:
     assert compiled.decoder().logits(state).dtype == torch.float32
 
 
+@needs_compiler
 def test_compiled_steps_in_bfloat16_are_as_near_to_float32_as_plain_ones() -> None:
     transformer, text, image = build().eval(), captions(2), pictures(2)
     with torch.no_grad():

@@ -19,7 +19,7 @@ from dalle.images import center_crop, read_recipe, save_png, to_tensor
 from dalle.pipeline import DallePipeline
 from dalle.tokenizer import Tokenizer, TokenizerConfig
 from dalle.weights import file_sha256
-from tests.tiny import GRID, N_TEXT, tiny_clip, tiny_dvae, tiny_transformer
+from tests.tiny import GRID, N_TEXT, needs_compiler, tiny_clip, tiny_dvae, tiny_transformer
 
 CAPTIONS = ["a red apple", "a blue boat", "two cats"]
 
@@ -448,6 +448,7 @@ def test_int8_is_a_choice_of_drawing_and_part_of_the_recipe(saved: Path) -> None
     assert rounded.to("cpu", "bfloat16").dtype == torch.bfloat16
 
 
+@needs_compiler
 def test_compiled_attention_is_a_choice_of_loading_and_part_of_the_recipe(saved: Path) -> None:
     plain = DallePipeline.from_pretrained(saved, dtype="float32")
     compiled = DallePipeline.from_pretrained(saved, dtype="float32", native=True)

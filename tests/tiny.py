@@ -1,19 +1,26 @@
 """Models so small that a test can make one: random weights, large enough for every output to depend on every input."""
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 
 from dalle.clip import CLIP, CLIPConfig
 from dalle.clip_tokenizer import CLIPTokenizer
 from dalle.config import validate
 from dalle.dvae import DiscreteVAE, DVAEConfig
+from dalle.generation.native import find_compiler
 from dalle.pipeline import DallePipeline
 from dalle.tokenizer import Tokenizer, TokenizerConfig
 from dalle.transformer import Transformer, TransformerConfig
 
 GRID, N_CODES, N_TEXT = 4, 64, 12
+
+needs_compiler = pytest.mark.skipif(
+    find_compiler() is None and not os.environ.get("DALLE_CI"), reason="needs a C compiler"
+)
 
 
 def tiny_tokenizer(captions: Iterable[str], n_text: int = N_TEXT) -> Tokenizer:

@@ -156,8 +156,13 @@ def load() -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
+def find_compiler() -> str | None:
+    """The machine's C compiler, $CC first."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "cc", "gcc", "clang"))), None)
+
+
 def _compile(library: Path) -> None:
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", ""), "cc", "gcc", "clang"))), None)
+    compiler = find_compiler()
     if compiler is None:
         raise ValueError("--native needs a C compiler: install gcc or clang, or draw without it")
     library.parent.mkdir(parents=True, exist_ok=True)
