@@ -196,9 +196,9 @@ def divergences() -> dict[str, float]:
 
     def predicted(decoder: Decoder) -> torch.Tensor:
         state, stream = decoder.start(text, [8] * len(CAPTIONS))
-        logits = [decoder.logits(state)]
+        logits = [decoder.head(decoder.norm(state))]
         for column in tokens[:, :-1].T:
-            logits.append(decoder.logits(decoder.step(column, stream)))
+            logits.append(decoder.head(decoder.norm(decoder.step(column, stream))))
         return torch.stack(logits, 1).float().log_softmax(-1)
 
     exact = predicted(Decoder(pipe.transformer))

@@ -47,6 +47,33 @@ def test_readme_states_the_figures_of_the_card() -> None:
     assert f"{dvae['codes_used']:.1%} of {dvae['n_codes']} codes" in readme
     assert f"{combo['image_loss']:.2f} and {combo['image_loss_shuffled']:.2f} nats" in readme
     assert f"**{draws['recall_at_1']:.1%}** (± {draws['recall_at_1_standard_error']:.1%})" in readme
+    clip = figures["clip"]
+    assert isinstance(clip, dict)
+    combo_clip = clip["splits"]["combo"]
+    precision = combo_clip["r_precision"]
+    assert f"**{precision['share']:.1%}** (± {precision['standard_error']:.1%}) on `combo`" in readme
+    assert f"**{combo_clip['style_accuracy']:.1%}** on `combo`" in readme
+
+
+def test_clip_and_judge_find_captions_of_held_out_pictures_and_fit_into_12_megabytes() -> None:
+    figures = evaluation()
+    weights = [bundled_folder() / name / "model.safetensors" for name in ("clip", "judge")]
+    assert sum(path.stat().st_size for path in weights) <= 12_000_000
+    clip, judge = figures["clip"], figures["judge"]
+    assert isinstance(clip, dict) and isinstance(judge, dict)
+    assert clip["splits"]["combo"]["r_precision"]["share"] >= 0.7
+    assert judge["splits"]["combo"]["r_precision"]["share"] >= 0.3  # it saw one half of the objects
+
+
+def test_the_bundled_clip_orders_what_is_drawn_and_the_judge_does_not() -> None:
+    pipe = DallePipeline.from_pretrained()
+    judge = pipe.load_judge()
+    assert pipe.ranker is not None and judge is not None
+    assert pipe.ranker.sha256 != judge.sha256
+    assert pipe.ranker.clip.config.image_tower != judge.clip.config.image_tower
+    out = pipe("a red apple, flat fluent style", num_images_per_prompt=2, num_candidates=8)
+    assert out.scores is not None and out.scores[0] >= out.scores[1]
+    assert out.recipes[0]["ranker_sha256"] == pipe.ranker.sha256
 
 
 def test_dvae_reaches_the_promised_reconstruction() -> None:

@@ -22,9 +22,9 @@ def stepped(transformer: Transformer, text: Tensor, image: Tensor, n_pictures: l
     """Logits (R, N, K) by the decoder; captions (P, T), of as many pictures as `n_pictures` says."""
     decoder = Decoder(transformer)
     state, stream = decoder.start(text, n_pictures)
-    logits = [decoder.logits(state)]
+    logits = [decoder.head(decoder.norm(state))]
     for position in range(N_TOKENS - 1):
-        logits.append(decoder.logits(decoder.step(image[:, position], stream)))
+        logits.append(decoder.head(decoder.norm(decoder.step(image[:, position], stream))))
     assert stream.n_read == N_TOKENS - 1
     return torch.stack(logits, 1)
 
@@ -132,7 +132,7 @@ def test_compiled_steps_draw_the_same_tokens(kind: str) -> None:
         assert torch.equal(compiled.generate(text, seeds, options), plain.generate(text, seeds, options))
     state, stream = compiled.decoder().start(text, [1, 1, 1])
     assert stream.caption_of is not None  # and not the plain way behind its back
-    assert compiled.decoder().logits(state).dtype == torch.float32
+    assert compiled.decoder().head(compiled.decoder().norm(state)).dtype == torch.float32
 
 
 @needs_compiler
@@ -147,7 +147,7 @@ def test_compiled_steps_in_bfloat16_are_as_near_to_float32_as_plain_ones() -> No
         assert (stream.caption_of is not None) == is_native
         for position in range(9):
             state = decoder.step(image[:, position], stream)
-        found = decoder.logits(state).float().log_softmax(-1)
+        found = decoder.head(decoder.norm(state)).float().log_softmax(-1)
         error.append(float((found - expected[:, 9]).abs().mean()))
     assert error[1] < 1.5 * error[0] + 0.01
 
@@ -192,7 +192,7 @@ def test_8_bits_predict_nearly_the_same_tokens() -> None:
         expected = transformer(text, image)[1].log_softmax(-1)
     decoder = Decoder(transformer.to(torch.bfloat16), is_int8=True)
     state, _ = decoder.start(text, [1, 1])
-    found = decoder.logits(state).float().log_softmax(-1)
+    found = decoder.head(decoder.norm(state)).float().log_softmax(-1)
     divergence = (expected[:, 0].exp() * (expected[:, 0] - found)).sum(-1)
     assert float(divergence.max()) < 0.01
 

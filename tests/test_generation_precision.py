@@ -35,4 +35,5 @@ def test_the_number_of_threads_is_put_back_even_after_an_error() -> None:
 def test_small_steps_run_on_one_thread_and_large_ones_on_all() -> None:
     with threads(3):
         assert decode_threads(d_model=192, n_rows=8) == 1
+        assert decode_threads(d_model=512, n_rows=1) == 3
         assert decode_threads(d_model=1024, n_rows=64) == 3

@@ -64,7 +64,7 @@ class Drawing:
             self.state = self.decoder.step(self.chooser.read(column), self.stream)
 
     def _choose(self, uniform: Tensor) -> Tensor:
-        logits = self.decoder.logits(self.state)
+        logits = self.decoder.head(self.chooser.guide(self.decoder.norm(self.state)))  # (R, K)
         self.is_nan |= logits.amax().isnan()
         return self.chooser(logits, uniform)
 

@@ -128,12 +128,11 @@ static inline float gelu(float x) { return x / (1 + expf(-1.702f * x)); }
         }                                                                                                             \
     }                                                                                                                 \
                                                                                                                       \
-    /* Logits (R, K) of states x (R, C). */                                                                           \
-    void head_##T(const T *gain, const T *bias, const T *head, const float *x, float *scratch, float *logits,         \
-                  int64_t n, int64_t c, int64_t n_codes, int64_t n_threads) {                                         \
-        for (int64_t r = 0; r < n; r++) norm_##T(x + r * c, gain, bias, scratch + r * c, c);                          \
+    /* Logits (R, K) of what the head reads, x (R, C). */                                                             \
+    void head_##T(const T *head, const float *x, float *logits, int64_t n, int64_t c, int64_t n_codes,                \
+                  int64_t n_threads) {                                                                                \
         _Pragma("omp parallel for schedule(static) num_threads(n_threads)") for (int64_t o = 0; o < n_codes; o++)     \
-            for (int64_t r = 0; r < n; r++) logits[r * n_codes + o] = dot_##T(scratch + r * c, head + o * c, c);      \
+            for (int64_t r = 0; r < n; r++) logits[r * n_codes + o] = dot_##T(x + r * c, head + o * c, c);            \
     }
 
 DEFINE(float)

@@ -128,15 +128,13 @@ class NativeSteps:
             self._layer(ctypes.byref(layer), ctypes.byref(stream))
         return x
 
-    def logits(self, state: Tensor) -> Tensor:
-        """What states (R, C) say of the next image token: (R, K) float32."""
-        norm, head = self._transformer.norm, self._transformer.image_head.weight
-        x = state.float().contiguous()
-        scratch, logits = torch.empty_like(x), torch.empty(len(x), len(head))
-        pointers = (norm.weight, norm.bias, head, x, scratch, logits)
+    def head(self, normed: Tensor) -> Tensor:
+        """Logits (R, K) float32 of what the image head reads, (R, C) float32."""
+        weight, normed = self._transformer.image_head.weight, normed.contiguous()
+        logits = torch.empty(len(normed), len(weight))
         self._head(
-            *(ctypes.c_void_p(one.data_ptr()) for one in pointers),
-            *map(ctypes.c_int64, (len(x), x.shape[1], len(head), torch.get_num_threads())),
+            *(ctypes.c_void_p(one.data_ptr()) for one in (weight, normed, logits)),
+            *map(ctypes.c_int64, (len(normed), normed.shape[1], len(weight), torch.get_num_threads())),
         )
         return logits
 

@@ -7,7 +7,9 @@ from contextlib import contextmanager
 
 import torch
 
-SHARED_FROM_FLOPS = 50e6  # of one layer's step: below it, waking a second thread costs more than it saves
+# Of one layer's step: below both, waking a second thread costs about what it saves, and more on a busy machine.
+SHARED_FROM_FLOPS = 50e6
+SHARED_FROM_WEIGHTS = 2e6  # that have to be read
 # int8: the linear maps' weights in 8 bits, one scale a row, all else bfloat16; half the memory to read for one picture.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
@@ -46,12 +48,13 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def decode_threads(d_model: int, n_rows: int) -> int:
-    """CPU threads of a decoding step: one while a layer's matrix products are small, else PyTorch's number.
+    """CPU threads of a decoding step: one while a layer is small, to compute and to read, else PyTorch's number.
 
     A rule of shape alone: the number of threads decides how sums round, so it must not follow the clock.
     """
-    n_flops = 2 * 12 * d_model**2 * n_rows
-    return 1 if n_flops < SHARED_FROM_FLOPS else torch.get_num_threads()
+    n_weights = 12 * d_model**2
+    is_small = n_weights < SHARED_FROM_WEIGHTS and 2 * n_weights * n_rows < SHARED_FROM_FLOPS
+    return 1 if is_small else torch.get_num_threads()
 
 
 @contextmanager

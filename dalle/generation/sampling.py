@@ -32,7 +32,7 @@ def uniforms(seed: int, n_tokens: int) -> Tensor:
 
 
 def combine_guidance(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
-    """Logits (B, K) moved away from what the empty caption says: uncond + scale * (cond - uncond)."""
+    """Logits (B, K), or what a linear head reads, moved away from the empty caption's: uncond + scale * (cond - uncond)."""
     return unconditional + scale * (conditional - unconditional)
 
 
@@ -141,18 +141,22 @@ class Chooser:
         """The token that each row of the stream reads next: those of the pictures (R,), and of guided ones again."""
         return tokens[self._reads]
 
+    def guide(self, states: Tensor) -> Tensor:
+        """What each picture's head is to read, (R, C), of all rows of the stream (R + guided, C) float32.
+
+        Guidance as `combine_guidance` has it, before the head, which is linear.
+        """
+        if not self.guided:
+            return states
+        conditional, unconditional = states.split_with_sizes([self._n_pictures, len(self.guided)])
+        if len(self.guided) == self._n_pictures:
+            return combine_guidance(conditional, unconditional, self._scales)
+        rows = self._reads[self._n_pictures :]
+        mixed = combine_guidance(conditional[rows], unconditional, self._scales)
+        return conditional.index_copy(0, rows, mixed)
+
     def __call__(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """The next token of each picture, (R,) int64, from all logits (R + guided, K) and uniform numbers (R,)."""
-        logits = logits.float()
-        if self.guided:
-            logits, unconditional = logits.split_with_sizes([self._n_pictures, len(self.guided)])
-            if len(self.guided) == self._n_pictures:
-                logits = combine_guidance(logits, unconditional, self._scales)
-            else:
-                rows = self._reads[self._n_pictures :]
-                logits = logits.index_copy(
-                    0, rows, combine_guidance(logits[rows], unconditional, self._scales)
-                )
+        """The next token of each picture, (R,) int64, from its logits (R, K), guided, and uniform numbers (R,)."""
         if len(self._alike) == 1:
             return sample(logits, uniform, self._alike[0][0])
         chosen = torch.empty(self._n_pictures, dtype=torch.int64, device=logits.device)
