@@ -62,7 +62,9 @@ def test_clip_and_judge_find_captions_of_held_out_pictures_and_fit_into_12_megab
     clip, judge = figures["clip"], figures["judge"]
     assert isinstance(clip, dict) and isinstance(judge, dict)
     assert clip["splits"]["combo"]["r_precision"]["share"] >= 0.7
-    assert judge["splits"]["combo"]["r_precision"]["share"] >= 0.2  # chance: 0.01; it saw one half of the objects
+    assert (
+        judge["splits"]["combo"]["r_precision"]["share"] >= 0.2
+    )  # chance: 0.01; it saw one half of the objects
 
 
 def test_the_bundled_clip_orders_what_is_drawn_and_the_judge_does_not() -> None:

@@ -183,6 +183,8 @@ def test_the_rerank_curve_is_the_judges_score_of_the_rankers_choice() -> None:
     chosen_by = torch.tensor([[0.1, 0.3, 0.2, 0.9], [0.5, 0.4, 0.6, 0.1]])
     judged = torch.tensor([[1.0, 2.0, 9.0, 4.0], [3.0, 9.0, 5.0, 9.0]])
     rows = best_of(chosen_by, judged, (1, 2, 4))
-    assert [row["score"] for row in rows] == [2.0, 2.5, 4.5]  # (1, 3), (2, 3), (4, 5)
-    assert [row["gain"] for row in rows] == [0.0, 0.5, 2.5]
-    assert [row["gain_standard_error"] for row in rows] == pytest.approx([0.0, 0.5, 0.5])
+    assert [row["score"] for row in rows] == [5.25, 3.5, 4.5]  # (4, 6.5), ((2 + 4) / 2, (3 + 5) / 2), (4, 5)
+    assert [row["gain"] for row in rows] == [0.0, -1.75, -0.75]
+    assert [row["gain_standard_error"] for row in rows] == pytest.approx([0.0, 0.75, 0.75])
+    three = best_of(chosen_by, judged, (3,))  # one group of the first three
+    assert three[0]["score"] == (2.0 + 5.0) / 2

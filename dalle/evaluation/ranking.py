@@ -199,7 +199,9 @@ class RankerReport:
 
 
 def best_of(chosen_by: Tensor, judged: Tensor, counts: Sequence[int]) -> list[dict[str, float]]:
-    """The rerank curve: the judge's mean score of the candidate that a ranker puts first, of the first N (DALL·E, fig. 6).
+    """The rerank curve: the judge's mean score of the candidate that a ranker puts first among N (DALL·E, fig. 6).
+
+    Each caption's score is the mean over all of its C // N groups of N candidates, so that small N, too, use all draws.
 
     Args:
         chosen_by: the ranker's scores (P, C) of C candidates for each of P captions.
@@ -212,8 +214,10 @@ def best_of(chosen_by: Tensor, judged: Tensor, counts: Sequence[int]) -> list[di
     n_captions, rows = len(judged), list[dict[str, float]]()
     first: Tensor | None = None
     for n in counts:
-        best = chosen_by[:, :n].argmax(dim=1, keepdim=True)
-        score = judged.gather(1, best)[:, 0].double()  # (P,)
+        n_used = judged.shape[1] // n * n
+        groups = chosen_by[:, :n_used].reshape(n_captions, -1, n)  # (P, C // N, N)
+        best = groups.argmax(dim=2, keepdim=True)
+        score = judged[:, :n_used].reshape_as(groups).gather(2, best).double().mean(dim=(1, 2))  # (P,)
         first = score if first is None else first
         gain = score - first
         spread_of = [float(x.std() / n_captions**0.5) if n_captions > 1 else 0.0 for x in (score, gain)]
