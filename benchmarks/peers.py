@@ -28,8 +28,8 @@ N_ALL = N_VOCAB + N_TEXT + N_CODES  # ids of models that have one table for text
 Sampler = tuple[torch.nn.Module, Callable[[], object]]  # what holds the weights, and the call that is timed
 
 
-def ours(rows: int, grid: int, steps: int, dtype: torch.dtype) -> Sampler:
-    """This package: `Engine.generate`."""
+def ours(rows: int, grid: int, steps: int, dtype: torch.dtype, *, is_native: bool = False) -> Sampler:
+    """This package: `Engine.generate`, as it is or with compiled C."""
     from dalle.generation.engine import Engine
     from dalle.generation.options import GenerationOptions
     from dalle.generation.precision import decode_threads
@@ -46,7 +46,7 @@ def ours(rows: int, grid: int, steps: int, dtype: torch.dtype) -> Sampler:
     )
     transformer = Transformer(config).eval().to(dtype)
     torch.set_num_threads(decode_threads(config.d_model, rows))
-    engine, text = Engine(transformer), torch.randint(N_VOCAB, (1, N_TEXT))
+    engine, text = Engine(transformer, is_native=is_native), torch.randint(N_VOCAB, (1, N_TEXT))
     return transformer.layers, lambda: engine.generate(
         text, range(rows), GenerationOptions(top_k=TOP_K), rows_per_batch=rows
     )
@@ -166,6 +166,7 @@ def x_transformers(rows: int, grid: int, steps: int, dtype: torch.dtype) -> Samp
 
 PEERS: dict[str, Callable[..., Sampler]] = {
     "ours": ours,
+    "ours native": lambda *sizes: ours(*sizes, is_native=True),
     "dalle-pytorch": dalle_pytorch,
     "dalle-pytorch stock": lambda *sizes: dalle_pytorch(*sizes, is_repaired=False),
     "min-dalle": min_dalle,
@@ -191,7 +192,7 @@ def main() -> None:
     steps = arguments.steps or n_tokens
     dtype = getattr(torch, arguments.dtype)
     core, draw = PEERS[arguments.name](arguments.rows, arguments.grid, steps, dtype)
-    with torch.inference_mode(arguments.name != "ours"):
+    with torch.inference_mode(not arguments.name.startswith("ours")):
         for _ in range(2 if arguments.warm_up else 1):
             began, used = time.perf_counter(), time.process_time()
             draw()

@@ -21,13 +21,21 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 PEERS_PYTHON = HERE.parent / ".venv-peers" / "bin" / "python"
-NAMES = ("ours", "dalle-pytorch", "min-dalle", "transformers", "transformers static", "x-transformers")
+NAMES = (
+    "ours",
+    "ours native",
+    "dalle-pytorch",
+    "min-dalle",
+    "transformers",
+    "transformers static",
+    "x-transformers",
+)
 STOCK, STOCK_STEPS = "dalle-pytorch stock", 64
 
 
 def draw(name: str, rows: int, grid: int, threads: int) -> dict[str, float]:
     """What one process of benchmarks/peers.py prints."""
-    python = sys.executable if name == "ours" else str(PEERS_PYTHON)
+    python = sys.executable if name.startswith("ours") else str(PEERS_PYTHON)
     command = [python, str(HERE / "peers.py"), name, "--rows", str(rows), "--grid", str(grid)]
     command += ["--dtype", "float32" if name == "min-dalle" else "bfloat16"]
     if name == STOCK:
