@@ -39,5 +39,12 @@ def test_the_kernel_attends_as_plain_steps_do(kind: LayerKind, n_pictures: list[
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_head_widths_that_the_kernel_cannot_take_are_told() -> None:
-    assert not any(triton_attention.can_run(d_head) for d_head in (8, 24, 96))
+def test_head_widths_that_the_kernel_cannot_take_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_attention.importlib.util, "find_spec", lambda name: name == "triton")
+    assert [d_head for d_head in (8, 16, 24, 64, 96, 128) if triton_attention.can_run(d_head)] == [
+        16,
+        64,
+        128,
+    ]
+    monkeypatch.setattr(triton_attention.importlib.util, "find_spec", lambda name: None)
+    assert not triton_attention.can_run(64)

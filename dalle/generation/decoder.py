@@ -71,7 +71,8 @@ class Decoder:
         self.config = transformer.config
         linear = _int8_linear if is_int8 else _linear
         self._layers = [_DecoderLayer(layer, linear) for layer in cast(Iterable[Layer], transformer.layers)]
-        self._head = linear(transformer.image_head)
+        self._head, norm = linear(transformer.image_head), transformer.norm
+        self._last_norm = (norm.weight.detach().float(), norm.bias.detach().float(), norm.eps)
         self._positions = transformer.image_positions().detach()  # (N, C)
 
     @torch.no_grad()
@@ -114,10 +115,8 @@ class Decoder:
     @torch.no_grad()
     def norm(self, state: Tensor) -> Tensor:
         """What the image head reads of states (R, C), float32: guidance mixes two of these, and the head is linear."""
-        norm = self.transformer.norm
-        return F.layer_norm(
-            state.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps
-        )
+        gain, bias, epsilon = self._last_norm
+        return F.layer_norm(state.float(), gain.shape, gain, bias, epsilon)
 
     @torch.no_grad()
     def head(self, normed: Tensor) -> Tensor:

@@ -52,6 +52,10 @@ class Drawing:
         self._is_known = (known >= 0).any(dim=0).tolist()
         self._is_drawn = (known < 0).any(dim=0).tolist()
         self.state, self.stream = decoder.start(text, n_pictures)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """What a subclass does between the captions and the first token."""
 
     def advance_(self, position: int) -> None:
         """Draws the tokens at raster index `position`; the calls go through all of them in order."""
@@ -72,17 +76,8 @@ class Drawing:
 class RecordedDrawing(Drawing):
     """The same with fixed shapes; on a GPU one CUDA graph, elsewhere run as it is, for the tests."""
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        text: Tensor,
-        n_pictures: Sequence[int],
-        chooser: Chooser,
-        noise: Tensor,
-        known: Tensor,
-        tokens: Tensor,
-    ) -> None:
-        super().__init__(decoder, text, n_pictures, chooser, noise, known, tokens)
+    def _prepare(self) -> None:
+        decoder, tokens = self.decoder, self.tokens
         self.stream.images = [RecordedImageCache.of(cache) for cache in self.stream.images]
         d_head = decoder.config.d_head
         if decoder.is_native and tokens.device.type == "cuda" and triton_attention.can_run(d_head):
