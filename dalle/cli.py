@@ -145,7 +145,7 @@ def generate(
     dtype: Dtype = "auto",
     device: Device = None,
     native: Annotated[
-        bool, typer.Option("--native", help="Compiled attention: C for few pictures, Triton on a GPU.")
+        bool, typer.Option("--native", help="Compiled attention: C on a CPU, Triton on a GPU.")
     ] = False,
     threads: Annotated[
         int | None, typer.Option(help="CPU threads for drawing; from model and pictures if left out.")

@@ -103,7 +103,7 @@ class DallePipeline:
         self._model_sha256: str | None = None
         self._has_auto_dtype = False
         self._is_int8 = False
-        self.is_native = False  # draws few pictures with compiled attention
+        self.is_native = False  # draws with compiled attention
         self._engine = Engine(transformer)  # keeps the weights ready to draw from call to call
 
     # Load, place, save
@@ -126,7 +126,7 @@ class DallePipeline:
             dtype: of the transformer: "float32", "bfloat16", "int8" (linear maps in 8 bits: faster for one or two
                 pictures on a CPU, at some loss), or "auto": the device's `default_dtype`.
             device: where to put the model.
-            native: draw few pictures with compiled attention, see `dalle.generation.native`.
+            native: draw with compiled attention, see `dalle.generation.native`.
             revision: branch, tag or commit on the Hub.
             cache_dir: of the Hub; HF_HOME and HF_HUB_OFFLINE are honoured.
 

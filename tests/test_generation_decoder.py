@@ -130,24 +130,27 @@ def test_compiled_steps_draw_the_same_tokens(kind: str) -> None:
         (range(6), GenerationOptions(guidance=2, top_k=5)),
     ):
         assert torch.equal(compiled.generate(text, seeds, options), plain.generate(text, seeds, options))
+    many = range(12)  # attention alone is compiled
+    assert torch.equal(compiled.generate(text[:1], many), plain.generate(text[:1], many))
     state, stream = compiled.decoder().start(text, [1, 1, 1])
     assert stream.caption_of is not None  # and not the plain way behind its back
     assert compiled.decoder().head(compiled.decoder().norm(state)).dtype == torch.float32
 
 
 @needs_compiler
-def test_compiled_steps_in_bfloat16_are_as_near_to_float32_as_plain_ones() -> None:
+@pytest.mark.parametrize("n_pictures", [1, 6], ids=["whole layers", "attention alone"])
+def test_compiled_steps_in_bfloat16_are_as_near_to_float32_as_plain_ones(n_pictures: int) -> None:
     transformer, text, image = build().eval(), captions(2), pictures(2)
     with torch.no_grad():
         expected = transformer(text, image)[1].log_softmax(-1)
     error = []
     for is_native in (False, True):
         decoder = Decoder(transformer.to(torch.bfloat16), is_native=is_native)
-        state, stream = decoder.start(text, [1, 1])
-        assert (stream.caption_of is not None) == is_native
+        state, stream = decoder.start(text, [n_pictures] * 2)
+        assert (stream.caption_of is not None) == (is_native and n_pictures == 1)
         for position in range(9):
-            state = decoder.step(image[:, position], stream)
-        found = decoder.head(decoder.norm(state)).float().log_softmax(-1)
+            state = decoder.step(image[:, position].repeat_interleave(n_pictures), stream)
+        found = decoder.head(decoder.norm(state)).float().log_softmax(-1)[::n_pictures]
         error.append(float((found - expected[:, 9]).abs().mean()))
     assert error[1] < 1.5 * error[0] + 0.01
 

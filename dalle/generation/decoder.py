@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dalle.attention import ImageCache, Position
+from dalle.generation import native
 from dalle.generation.native import NativeSteps
 from dalle.transformer import Layer, Transformer
 
@@ -59,14 +60,14 @@ class Decoder:
     """A transformer made ready to draw; it must be made anew when the weights change.
 
     With `is_int8` the weights of linear maps are rounded to 8 bits; captions are read with all of theirs. With
-    `is_native` few pictures on a CPU are drawn by compiled C (ValueError without a compiler), recorded steps on a GPU
-    attend by a Triton kernel.
+    `is_native` few pictures on a CPU are drawn by compiled C, and many attend by it (ValueError without a compiler);
+    recorded steps on a GPU attend by a Triton kernel.
     """
 
     def __init__(self, transformer: Transformer, is_int8: bool = False, is_native: bool = False) -> None:
         self.transformer, self.is_native = transformer, is_native
         weight = transformer.image_head.weight
-        can_compile = is_native and not is_int8 and NativeSteps.fits(weight, 1)
+        can_compile = is_native and not is_int8 and native.can_run(weight)
         self._native = NativeSteps(transformer) if can_compile else None
         self.config = transformer.config
         linear = _int8_linear if is_int8 else _linear
@@ -93,7 +94,8 @@ class Decoder:
         ]
         counts = torch.tensor(n_pictures, device=state.device)
         groups = group(n_pictures)
-        stream = Stream(captions, images, groups, partial(attend_step, groups))
+        attend = attend_compiled if self._native is not None else attend_step
+        stream = Stream(captions, images, groups, partial(attend, groups))
         if self._native is not None and NativeSteps.fits(like, sum(n_pictures)):
             stream.caption_of = torch.arange(len(text)).repeat_interleave(counts)
         return state.repeat_interleave(counts, dim=0), stream
@@ -197,6 +199,26 @@ def attend_step(
     mixed = _by_caption(read, captions[1], groups).reshape(one_each.shape)  # (H R, 1, D)
     mixed = torch.baddbmm(mixed, seen.flatten(0, 1)[:, None], values)
     return mixed.view(q.shape).transpose(0, 1).reshape(n_pictures, -1)  # (R, C)
+
+
+def attend_compiled(
+    groups: Sequence[Group],
+    heads: Tensor,
+    captions: tuple[Tensor, Tensor],
+    images: ImageCache,
+    position: Position,
+) -> Tensor:
+    """`attend_step` with everything but the products with captions in compiled C, for a float32 or bfloat16 CPU."""
+    n_heads, n_pictures = captions[0].shape[0], len(heads)
+    q = heads.view(n_pictures, 3, n_heads, -1)[:, 0].transpose(0, 1)  # (H, R, D)
+    q = (q * q.shape[2] ** -0.5).contiguous()
+    read = _by_caption(q, captions[0].mT, groups)  # (H, R, 1 + T)
+    read, mixed = native.attend_window_(q, heads, images, int(position), read)
+    if len(groups) == 1 and captions[0].shape[1] == 1:
+        mixed = torch.baddbmm(mixed, read, captions[1][:, 0])
+    else:
+        mixed = mixed + _by_caption(read, captions[1], groups)
+    return mixed.transpose(0, 1).reshape(n_pictures, -1)  # (R, C)
 
 
 def _by_caption(x: Tensor, matrices: Tensor, groups: Sequence[Group]) -> Tensor:

@@ -1,7 +1,9 @@
-// One layer of the decoder for one image token of a few pictures, and the image head, each in one pass over the weights.
+// One layer of the decoder for one image token of a few pictures, and the image head, each in one pass over the weights;
+// and for many pictures, the attention to image tokens alone, where they lie.
 //
-// What dalle/generation/decoder.py does with tensor operations, for few pictures at once: there a step is as long as its
-// weights take to read, and starting thirty operations a layer would take as long again. Compiled by native.py.
+// What dalle/generation/decoder.py does with tensor operations. For few pictures a step is as long as its weights take to
+// read, and starting thirty operations a layer would take as long again; for many, the products of every picture with a
+// small window of its own are thousands of tiny ones. Compiled by native.py.
 // All sums are float; weights and caches are float or bfloat16 (T).
 //
 // Shapes: H heads, R pictures, P captions, S text slots with BOS, L slots of the image cache, W of them seen, D head
@@ -26,6 +28,17 @@ struct stream {
     float *x;                   // the residual stream, (R, C), in and out
     float *scratch;             // see SCRATCH in native.py
     int64_t n_heads, d_head, n_pictures, n_captions, n_text, n_slots, n_seen, slot, n_threads;
+};
+
+struct window {
+    const void *queries;   // scaled, T (H, R, D)
+    const void *qkv;       // of which keys and values are stored, T (R, 3 C)
+    void *memory;          // as in struct stream
+    const int64_t *seen;   // the slots to read, (W,)
+    void *text;            // scores of the caption, T (H, R, S); out: its shares of attention
+    void *mixed;           // out: what the image tokens give, T (H, R, D)
+    int64_t n_heads, d_head, n_pictures, n_text, n_slots, n_seen, slot, n_threads;
+    float *scratch;        // n_threads (S + L)
 };
 
 static inline float read_bfloat16(bfloat16 x) {
@@ -125,6 +138,50 @@ static inline float gelu(float x) { return x / (1 + expf(-1.702f * x)); }
                 for (int64_t r = 0; r < n; r++)                                                                       \
                     s->x[r * c + o] += dot_##T(inner + r * 4 * c, (const T *)l->contract + o * 4 * c, 4 * c) +        \
                                        read_##T(((const T *)l->contract_bias)[o]);                                    \
+        }                                                                                                             \
+    }                                                                                                                 \
+                                                                                                                      \
+    /* One picture and one head: store key and value, score the image tokens, one softmax with the caption, mix. */   \
+    static inline __attribute__((always_inline)) void attend_window_##T(const struct window *w, int64_t h, int64_t r, \
+                                                                        float *restrict scores, const int64_t d) {    \
+        const int64_t c = w->n_heads * d, n = w->n_text + w->n_seen, at = h * w->n_pictures + r;                      \
+        const T *query = (const T *)w->queries + at * d, *key = (const T *)w->qkv + r * 3 * c + c + h * d;            \
+        T *keys = (T *)w->memory + at * w->n_slots * d, *values = keys + c * w->n_pictures * w->n_slots;              \
+        T *restrict text = (T *)w->text + at * w->n_text, *mixed = (T *)w->mixed + at * d;                            \
+        float largest = -INFINITY, total = 0, own[d], sum[d];                                                         \
+        for (int64_t i = 0; i < d; i++) {                                                                             \
+            keys[w->slot * d + i] = key[i];                                                                           \
+            values[w->slot * d + i] = key[c + i];                                                                     \
+            own[i] = read_##T(query[i]);                                                                              \
+            sum[i] = 0;                                                                                               \
+        }                                                                                                             \
+        for (int64_t k = 0; k < w->n_seen; k++) { /* values are on their way while keys are read */                   \
+            for (int64_t i = 0; i < d; i += 64 / sizeof(T)) __builtin_prefetch(values + w->seen[k] * d + i);          \
+            scores[w->n_text + k] = dot_##T(own, keys + w->seen[k] * d, d);                                           \
+        }                                                                                                             \
+        for (int64_t t = 0; t < w->n_text; t++) scores[t] = read_##T(text[t]);                                        \
+        for (int64_t i = 0; i < n; i++) largest = scores[i] > largest ? scores[i] : largest;                          \
+        for (int64_t i = 0; i < n; i++) {                                                                             \
+            scores[i] = expf(scores[i] - largest);                                                                    \
+            total += scores[i];                                                                                       \
+        }                                                                                                             \
+        for (int64_t t = 0; t < w->n_text; t++) text[t] = write_##T(scores[t] / total);                               \
+        for (int64_t k = 0; k < w->n_seen; k++) {                                                                     \
+            const T *restrict value = values + w->seen[k] * d, *next = keys + (w->n_slots + w->seen[k]) * d;          \
+            for (int64_t i = 0; i < d; i += 64 / sizeof(T)) __builtin_prefetch(next + i); /* of the next picture */   \
+            for (int64_t i = 0; i < d; i++) sum[i] += scores[w->n_text + k] * read_##T(value[i]);                     \
+        }                                                                                                             \
+        for (int64_t i = 0; i < d; i++) mixed[i] = write_##T(sum[i] / total);                                         \
+    }                                                                                                                 \
+                                                                                                                      \
+    void windows_##T(const struct window *w) {                                                                        \
+        _Pragma("omp parallel num_threads(w->n_threads)") {                                                           \
+            float *scores = w->scratch + omp_get_thread_num() * (w->n_text + w->n_slots);                             \
+            _Pragma("omp for schedule(static)") for (int64_t i = 0; i < w->n_heads * w->n_pictures; i++)              \
+                if (w->d_head == 64) /* a constant: its sums stay in registers */                                     \
+                    attend_window_##T(w, i / w->n_pictures, i % w->n_pictures, scores, 64);                           \
+                else                                                                                                  \
+                    attend_window_##T(w, i / w->n_pictures, i % w->n_pictures, scores, w->d_head);                    \
         }                                                                                                             \
     }                                                                                                                 \
                                                                                                                       \

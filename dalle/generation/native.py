@@ -1,7 +1,7 @@
-"""Token steps of few pictures in compiled C: one call a layer, one pass over its weights.
+"""Token steps in compiled C: of few pictures whole layers, one pass over their weights; of many the attention to windows.
 
 Optional, and never on by itself: `dalle generate --native` compiles `native.c` with the machine's C compiler on first
-use, into the user's cache. It rounds otherwise than PyTorch does (all sums are float32), so a recipe says that it was used.
+use, into the user's cache. It rounds otherwise than PyTorch does (its sums are float32), so a recipe says that it was used.
 
 Shapes: R pictures, P captions, H heads, D head width, C model width, K image ids.
 """
@@ -65,6 +65,26 @@ class _Stream(ctypes.Structure):
     ]
 
 
+class _Window(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("queries", "qkv", "memory", "seen", "text", "mixed")),
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                "n_heads",
+                "d_head",
+                "n_pictures",
+                "n_text",
+                "n_slots",
+                "n_seen",
+                "slot",
+                "n_threads",
+            )
+        ),
+        ("scratch", ctypes.c_void_p),
+    ]
+
+
 class NativeSteps:
     """The steps of one transformer, from its own weights; ValueError where they cannot be compiled."""
 
@@ -84,7 +104,7 @@ class NativeSteps:
     @staticmethod
     def fits(weight: Tensor, n_pictures: int) -> bool:
         """Whether it is worth it, and able to: few pictures, on a CPU."""
-        return weight.device.type == "cpu" and weight.dtype in NAMES and n_pictures <= MAX_PICTURES
+        return can_run(weight) and n_pictures <= MAX_PICTURES
 
     def step(
         self,
@@ -137,6 +157,52 @@ class NativeSteps:
             *map(ctypes.c_int64, (len(normed), normed.shape[1], len(weight), torch.get_num_threads())),
         )
         return logits
+
+
+def attend_window_(
+    queries: Tensor, heads: Tensor, cache: ImageCache, position: int, text: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One softmax over the caption's scores and the image tokens that the mask allows, without gathering these.
+
+    Args:
+        queries: scaled, (H, R, D), float32 or bfloat16 like the rest.
+        heads: queries, keys and values of the tokens at `position`, (R, 3 C); the cache takes the latter two in.
+        position: raster index.
+        text: scores of the caption, (H, R, S); its memory is used up.
+
+    Returns:
+        The caption's shares, (H, R, S), and what the image tokens give, (H, R, D).
+    """
+    n_heads, n_pictures, d_head = queries.shape
+    queries, heads, text = queries.contiguous(), heads.contiguous(), text.contiguous()
+    mixed, n_threads = torch.empty_like(queries), torch.get_num_threads()
+    n_text, n_slots = text.shape[2], cache.plan.n_slots
+    scratch = torch.empty(n_threads * (n_text + n_slots))
+    slots, visible, counts = cache.plan.lists()
+    window = _Window(
+        queries.data_ptr(),
+        heads.data_ptr(),
+        cache.memory.data_ptr(),
+        visible.data_ptr() + visible.stride(0) * visible.itemsize * position,
+        text.data_ptr(),
+        mixed.data_ptr(),
+        n_heads,
+        d_head,
+        n_pictures,
+        n_text,
+        n_slots,
+        counts[position],
+        slots[position],
+        n_threads,
+        scratch.data_ptr(),
+    )
+    getattr(load(), f"windows_{NAMES[queries.dtype]}")(ctypes.byref(window))
+    return text, mixed
+
+
+def can_run(like: Tensor) -> bool:
+    """Whether there is code for tensors of this device and dtype."""
+    return like.device.type == "cpu" and like.dtype in NAMES
 
 
 @functools.cache

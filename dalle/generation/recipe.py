@@ -72,7 +72,7 @@ class Recipe(Config):
     dtype: str  # of the transformer's weights: float32, bfloat16 or int8
     device: str  # type of device: cpu, cuda, ...
     threads: Annotated[int, Field(ge=1, le=MAX_THREADS)]  # of one operation on the CPU
-    native: bool = False  # few pictures: compiled attention, which rounds otherwise than PyTorch's
+    native: bool = False  # compiled attention, which rounds otherwise than PyTorch's
     versions: Versions
     model: str  # folder name or Hub id, for people; the hash decides
     model_sha256: str  # of the model folder's manifest.json
