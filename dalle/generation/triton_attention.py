@@ -66,6 +66,7 @@ def attend(
             len(heads),
             n_text,
             images.memory.shape[3],
+            images.memory.stride(0),  # Python's integers reach the kernel in 64 bits where they need them
             visible.shape[1],
             d_head**-0.5,
             n_heads=n_heads,
@@ -110,6 +111,7 @@ def _attend(  # type: ignore[no-untyped-def]
     n_pictures,
     n_text,
     n_slots,
+    to_values,
     n_visible,
     scale,
     n_heads: tl.constexpr,
@@ -131,10 +133,9 @@ def _attend(  # type: ignore[no-untyped-def]
     own_key = tl.load(row + n_heads * d_head, mask=is_real, other=0.0)
     own_value = tl.load(row + 2 * n_heads * d_head, mask=is_real, other=0.0)
     cache = memory + ((head * n_pictures + picture) * n_slots)[:, None].to(tl.int64) * d_head + width[None, :]
-    half = n_heads * n_pictures * n_slots * d_head  # from keys to values
     own_slot = tl.load(slots + position)
     tl.store(cache + own_slot * d_head, own_key, mask=is_real)
-    tl.store(cache + half + own_slot * d_head, own_value, mask=is_real)
+    tl.store(cache + to_values + own_slot * d_head, own_value, mask=is_real)
 
     largest = tl.full((PICTURES,), -float("inf"), tl.float32)
     total = tl.zeros((PICTURES,), tl.float32)
@@ -160,7 +161,7 @@ def _attend(  # type: ignore[no-untyped-def]
     for seen in range(0, tl.load(counts + position)):
         slot = tl.load(visible + position * n_visible + seen)
         key = tl.load(cache + slot * d_head, mask=is_real, other=0.0)
-        value = tl.load(cache + half + slot * d_head, mask=is_real, other=0.0)
+        value = tl.load(cache + to_values + slot * d_head, mask=is_real, other=0.0)
         # What this program has only just stored is taken from its registers.
         key = tl.where(slot == own_slot, own_key, key).to(tl.float32)
         value = tl.where(slot == own_slot, own_value, value).to(tl.float32)
