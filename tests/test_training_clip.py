@@ -13,8 +13,7 @@ from dalle.data.pairs import Pair, read_pairs
 from dalle.data.shapes import COLOURS, SHAPES, write_shapes
 from dalle.generation.rerank import Ranker
 from dalle.images import open_image
-from dalle.training import clip as clip_stage
-from dalle.training.clip import _fitting, is_even, one_part
+from dalle.training.clip import _fitting, is_even
 from dalle.training.optim import OPTIMIZERS
 from dalle.training.order import Order
 from dalle.training.recipe import Balance, Recipe
@@ -161,31 +160,6 @@ def test_few_pictures_make_smaller_updates_and_one_alone_is_an_error(
 def test_a_share_of_the_pictures_is_seen_through_the_dvae(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="stage clip needs a dVAE"):
         run(data, tmp_path / "none", recipe("clip_training.reconstructed=0.5"))
-
-
-def test_captions_are_cut_to_one_of_their_parts() -> None:
-    generator = np.random.default_rng(0)
-    drawn = [one_part("a red apple, shiny , flat style", generator) for _ in range(300)]
-    counts = {part: drawn.count(part) for part in set(drawn)}
-    assert set(counts) == {"a red apple", "shiny", "flat style"} and min(counts.values()) > 70
-    assert [one_part(whole, generator) for whole in ("a dog", ",", "")] == ["a dog", ",", ""]
-
-
-def test_a_share_of_captions_is_cut_and_nothing_else_changes(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read: list[str] = []
-    encode = clip_stage.encode_caption
-    monkeypatch.setattr(
-        clip_stage, "encode_caption", lambda t, c, *rest: read.append(c) or encode(t, c, *rest)
-    )
-    monkeypatch.setattr(clip_stage, "one_part", lambda caption, generator: caption.upper())
-    settings = ["clip_training.steps=2", "clip_training.warmup_steps=1", "clip_training.batch_size=32"]
-    for share in (0, 0.5, 1):
-        read.clear()
-        run(data, tmp_path / str(share), recipe(*settings, f"clip_training.caption_parts={share}"))
-        cut = np.mean([caption.isupper() for caption in read])
-        assert cut == share if share != 0.5 else 0.3 < cut < 0.7
 
 
 def test_half_of_the_objects_is_drawn_by_hash() -> None:

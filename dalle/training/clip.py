@@ -96,8 +96,6 @@ class CLIPStage:
         generator = rng(self.seed, "caption", epoch, self.train[index].key)
         captions = self.captions[index]
         caption = captions[int(generator.integers(len(captions)))]
-        if self.settings.caption_parts and generator.random() < self.settings.caption_parts:
-            caption = one_part(caption, generator)
         return encode_caption(self.tokenizer, caption, self.settings.bpe_dropout, generator)
 
     @torch.no_grad()
@@ -205,12 +203,6 @@ def _fitting(settings: CLIPTraining, n_epoch: int) -> CLIPTraining:
         settings.batch_size * settings.accumulation,
     )
     return fitting
-
-
-def one_part(caption: str, generator: np.random.Generator) -> str:
-    """One of the parts between a caption's commas; of "a red apple, flat style" the object alone, or the style."""
-    parts = [part.strip() for part in caption.split(",") if part.strip()]
-    return parts[int(generator.integers(len(parts)))] if parts else caption
 
 
 def is_even(pair: Pair, field: str) -> bool:

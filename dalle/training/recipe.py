@@ -68,8 +68,6 @@ class CLIPTraining(Optimization):
 
     crop: Literal["near", "center"]  # nearly the whole picture, drawn anew each epoch; or always all of it
     bpe_dropout: float = Field(0.0, ge=0, lt=1)
-    # Share of captions cut to one of the parts between their commas, so that a part alone is understood too.
-    caption_parts: float = Field(0.0, ge=0, le=1)
     reconstructed: float = Field(
         0.0, ge=0, le=1
     )  # share of pictures seen through the dVAE, as candidates will be
