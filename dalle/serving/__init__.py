@@ -1,1 +1,1 @@
-"""The page and the API: one process, one worker that owns the model, one history."""
+"""`dalle serve`: the page and an API that OpenAI's clients speak, in front of one model."""
