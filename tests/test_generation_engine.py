@@ -271,16 +271,16 @@ def test_logits_that_are_not_numbers_are_an_error() -> None:
 
 
 def test_batches_hold_whole_captions_or_parts_of_one() -> None:
-    assert plan_batches(5, 2, 4) == [
-        Batch(range(0, 2), range(0, 4)),
-        Batch(range(2, 4), range(4, 8)),
-        Batch(range(4, 5), range(8, 10)),
+    assert plan_batches([2] * 5, 4) == [
+        Batch(range(0, 2), range(0, 4), (2, 2)),
+        Batch(range(2, 4), range(4, 8), (2, 2)),
+        Batch(range(4, 5), range(8, 10), (2,)),
     ]
-    assert plan_batches(2, 3, 2) == [
-        Batch(range(0, 1), range(0, 2)),
-        Batch(range(0, 1), range(2, 3)),
-        Batch(range(1, 2), range(3, 5)),
-        Batch(range(1, 2), range(5, 6)),
+    assert plan_batches([3] * 2, 2) == [
+        Batch(range(0, 1), range(0, 2), (2,)),
+        Batch(range(0, 1), range(2, 3), (1,)),
+        Batch(range(1, 2), range(3, 5), (2,)),
+        Batch(range(1, 2), range(5, 6), (1,)),
     ]
 
 

@@ -64,7 +64,7 @@ def test_a_batch_that_cannot_have_been_is_refused(update: dict[str, object]) -> 
 
 
 def test_every_row_of_a_call_has_its_batch() -> None:
-    plans = batch_plans(plan_batches(3, 2, 4), ["a", "b", "c"], [0, 1, 2, 3, 4, 5], 4)
+    plans = batch_plans(plan_batches([2] * 3, 4), ["a", "b", "c"], [0, 1, 2, 3, 4, 5], 4)
     assert [plan.seeds[plan.position] for plan in plans] == [0, 1, 2, 3, 4, 5]
     assert [plan.captions for plan in plans] == [("a", "b")] * 4 + [("c",)] * 2
 
