@@ -1,0 +1,129 @@
+"""From the worker's thread to a client: a mailbox for a job's events, and the answers that are read out of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from dalle.serving.job import Event, Failed, Job, Row, Settled
+from dalle.serving.jobs import Jobs
+
+HEARTBEAT_S = 15.0  # a comment in an idle stream, so that nobody on the way takes it for dead
+
+
+class Mailbox:
+    """A job's events, for one asyncio task. A client that reads slowly misses rows, and costs none.
+
+    Args:
+        rows: the grid rows to show; None: all.
+    """
+
+    def __init__(self, rows: Iterable[int] | None = None) -> None:
+        self._rows = None if rows is None else frozenset(rows)
+        self._loop = asyncio.get_running_loop()
+        self._events = asyncio.Queue[Event]()
+        self._has_unread_row = False
+
+    def wants_row(self, row: int) -> bool:
+        """Whether a row would be shown, and the last one was read."""
+        return (self._rows is None or row in self._rows) and not self._has_unread_row
+
+    def tell(self, event: Event) -> None:
+        """Takes an event in, from any thread."""
+        if isinstance(event, Row):
+            self._has_unread_row = True
+        try:
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        except RuntimeError:  # the loop has ended, and its clients with it
+            pass
+
+    async def get(self) -> Event:
+        """The next event; a row counts as read when it is taken out."""
+        event = await self._events.get()
+        if isinstance(event, Row):
+            self._has_unread_row = False
+        return event
+
+
+async def follow(mailbox: Mailbox, receive: Receive) -> AsyncIterator[Event | None]:
+    """A job's events up to the last one, None when nothing happens for a while; ends early when the client leaves."""
+    left = asyncio.ensure_future(_left(receive))
+    try:
+        while True:
+            event = asyncio.ensure_future(mailbox.get())
+            await asyncio.wait({event, left}, timeout=HEARTBEAT_S, return_when=asyncio.FIRST_COMPLETED)
+            if event.done():
+                yield event.result()
+                if isinstance(event.result(), Settled | Failed):
+                    return
+                continue
+            event.cancel()
+            if left.done():
+                return
+            yield None
+    finally:
+        left.cancel()
+
+
+async def outcome(mailbox: Mailbox, receive: Receive, jobs: Jobs, job: Job) -> Settled | Failed | None:
+    """The last event of a job; None when the client left before, which cancels it."""
+    try:
+        async for event in follow(mailbox, receive):
+            if isinstance(event, Settled | Failed):
+                return event
+        return None
+    finally:
+        jobs.cancel(job.id)
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Server-sent events of a job; the job is cancelled when its client leaves.
+
+    Args:
+        write: turns an event into (name, JSON) pairs; an empty name leaves the `event:` line out.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        jobs: Jobs,
+        job: Job,
+        mailbox: Mailbox,
+        write: Callable[[Event], Iterable[tuple[str, Mapping[str, Any]]]],
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no", **(headers or {})})
+        del self.headers["content-length"]
+        self._jobs, self._job, self._mailbox, self._write = jobs, job, mailbox, write
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends event after event, each when it happens."""
+        try:
+            await send(
+                {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+            )
+            async for event in follow(self._mailbox, receive):
+                chunks = [b": still here\n\n"] if event is None else map(_frame, self._write(event))
+                for chunk in chunks:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            self._jobs.cancel(self._job.id)
+
+
+def _frame(event: tuple[str, Mapping[str, Any]]) -> bytes:
+    name, data = event
+    # ASCII, so that no odd character of a caption ends a line.
+    line = f"data: {json.dumps(data, ensure_ascii=True, allow_nan=False)}\n\n"
+    return (f"event: {name}\n{line}" if name else line).encode()
