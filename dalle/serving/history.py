@@ -217,12 +217,13 @@ class History:
         """Mark a picture or unmark it; a candidate that is marked is kept from then on. False: no such id."""
         with self._writing() as connection:
             change = "UPDATE pictures SET favourite = ?, kept = kept OR ? WHERE id = ?"
-            return connection.execute(change, (favourite, favourite, id)).rowcount > 0
+            return connection.execute(change, (favourite, favourite, _storable(id))).rowcount > 0
 
     def delete(self, id: str) -> bool:
         """Delete a picture, and with the last kept one of a job its candidates. False: no such id."""
         with self._writing() as connection:
-            row = connection.execute("DELETE FROM pictures WHERE id = ? RETURNING job", (id,)).fetchone()
+            delete = "DELETE FROM pictures WHERE id = ? RETURNING job"
+            row = connection.execute(delete, (_storable(id),)).fetchone()
             if row is None:
                 return False
             left = "SELECT 1 FROM pictures WHERE job = :job AND kept"
@@ -382,7 +383,7 @@ def _read_cursor(text: str) -> int:
 
 def _json(recipe: Mapping[str, Any]) -> str:
     """One text for equal recipes, whichever order their keys came in."""
-    return json.dumps(recipe, sort_keys=True, allow_nan=False)
+    return _storable(json.dumps(recipe, sort_keys=True, allow_nan=False, ensure_ascii=False))
 
 
 def _sha256(text: str) -> str:

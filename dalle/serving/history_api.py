@@ -1,5 +1,6 @@
 """The history over HTTP: the listing, the pictures, favourites, deletion, and what a picture's own recipe restores."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -116,6 +117,7 @@ def _restored(data: bytes, history: History, model_sha256: str) -> dict[str, Any
         raise bad_request(str(error), code="no_recipe") from error
     try:
         recipe = validate(Recipe, found, "recipe")
+        json.dumps(found, ensure_ascii=False).encode()  # a lone surrogate could not be sent on
     except ValueError as error:  # its line repeats the wrong value, which anybody may have written
         text = "the recipe in this PNG cannot be read: it was changed by hand, or by another version of dalle"
         raise bad_request(text, code="bad_recipe") from error
