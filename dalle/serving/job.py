@@ -111,8 +111,8 @@ Event = Queued | Started | Row | Settled | Failed
 class Listener(Protocol):
     """Where a job's events go; called from the worker's thread, so it must return at once."""
 
-    def wants_row(self, row: int) -> bool:
-        """Whether a preview of a grid row would be looked at: one that is not costs nothing."""
+    def n_looked_at(self, row: int, first: int, n: int) -> int:
+        """Of how many of the `n` candidates from `first` on a preview would be looked at now: others cost nothing."""
 
     def tell(self, event: Event) -> None:
         """Takes an event in."""

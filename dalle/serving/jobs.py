@@ -247,7 +247,9 @@ class Jobs:
 
     def _work(self) -> None:
         self._worker.warm_up()
-        self._is_ready = True
+        with self.changed:
+            self._is_ready = True
+            self.changed.notify_all()
         while True:
             with self.changed:
                 self.changed.wait_for(lambda: self._errands or self._queue or self._is_closed)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -20,23 +22,31 @@ class Mailbox:
     """A job's events, for one asyncio task. A client that reads slowly misses rows, and costs none.
 
     Args:
-        rows: the grid rows to show; None: all.
+        rows: the grid rows to show, in order; None: all. A row that was missed is made up for by the next.
+        n_shown: of so many candidates, the first ones.
     """
 
-    def __init__(self, rows: Iterable[int] | None = None) -> None:
-        self._rows = None if rows is None else frozenset(rows)
+    def __init__(self, rows: Sequence[int] | None = None, n_shown: int | None = None) -> None:
+        self._rows = None if rows is None else deque(rows)
+        self._n_shown = n_shown
         self._loop = asyncio.get_running_loop()
         self._events = asyncio.Queue[Event]()
         self._has_unread_row = False
 
-    def wants_row(self, row: int) -> bool:
-        """Whether a row would be shown, and the last one was read."""
-        return (self._rows is None or row in self._rows) and not self._has_unread_row
+    def n_looked_at(self, row: int, first: int, n: int) -> int:
+        """How many previews would be looked at now: none while the last row is not read yet."""
+        if self._has_unread_row:
+            return 0
+        if self._rows is not None and not (self._rows and row >= self._rows[0]):
+            return 0
+        return n if self._n_shown is None else max(0, min(n, self._n_shown - first))
 
     def tell(self, event: Event) -> None:
         """Takes an event in, from any thread."""
         if isinstance(event, Row):
             self._has_unread_row = True
+            while self._rows and self._rows[0] <= event.row:
+                self._rows.popleft()
         try:
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
         except RuntimeError:  # the loop has ended, and its clients with it
@@ -114,16 +124,21 @@ class EventStream(Response):
                 {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
             )
             async for event in follow(self._mailbox, receive):
-                chunks = [b": still here\n\n"] if event is None else map(_frame, self._write(event))
-                for chunk in chunks:
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                # On another thread: pictures are compressed, and the loop has others to answer.
+                frames = (
+                    [b": still here\n\n"] if event is None else await run_in_threadpool(self._frames, event)
+                )
+                for frame in frames:
+                    await send({"type": "http.response.body", "body": frame, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             self._jobs.cancel(self._job.id)
 
+    def _frames(self, event: Event) -> list[bytes]:
+        return [_frame(name, data) for name, data in self._write(event)]
 
-def _frame(event: tuple[str, Mapping[str, Any]]) -> bytes:
-    name, data = event
+
+def _frame(name: str, data: Mapping[str, Any]) -> bytes:
     # ASCII, so that no odd character of a caption ends a line.
     line = f"data: {json.dumps(data, ensure_ascii=True, allow_nan=False)}\n\n"
     return (f"event: {name}\n{line}" if name else line).encode()

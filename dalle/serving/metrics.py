@@ -14,22 +14,27 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        made = {"registry": self.registry, "namespace": "dalle"}
-        self.waiting = Gauge("queue_jobs", "Jobs accepted of which nothing is drawn yet.", **made)
-        self.running = Gauge("running_jobs", "Jobs of which something is drawn.", **made)
-        self.slots = Gauge("reserved_slots", "Candidates reserved by accepted jobs.", **made)
-        self.batch_rows = Gauge("batch_rows", "Candidates in the batch being drawn.", **made)
-        self.jobs = Counter("jobs", "Ended jobs: settled, cancelled, failed or expired.", ["outcome"], **made)
-        self.rejected = Counter("rejected", "Requests turned away with a 503.", ["reason"], **made)
-        self.pictures = Counter("pictures", "Candidates drawn to the end.", **made)
-        self.tokens = Counter("image_tokens", "Image tokens sampled; rate() gives tokens a second.", **made)
-        self.responses = Counter("responses", "HTTP answers by status.", ["status"], **made)
-        self.first_row = Histogram(
-            "first_row_seconds", "From acceptance to the first grid row.", buckets=SECONDS, **made
-        )
-        self.latency = Histogram(
-            "job_seconds", "From acceptance to settled pictures.", buckets=SECONDS, **made
-        )
+
+        def gauge(name: str, about: str) -> Gauge:
+            return Gauge(name, about, namespace="dalle", registry=self.registry)
+
+        def counter(name: str, about: str, *labels: str) -> Counter:
+            return Counter(name, about, labels, namespace="dalle", registry=self.registry)
+
+        def histogram(name: str, about: str) -> Histogram:
+            return Histogram(name, about, namespace="dalle", registry=self.registry, buckets=SECONDS)
+
+        self.waiting = gauge("queue_jobs", "Jobs accepted of which nothing is drawn yet.")
+        self.running = gauge("running_jobs", "Jobs of which something is drawn.")
+        self.slots = gauge("reserved_slots", "Candidates reserved by accepted requests.")
+        self.batch_rows = gauge("batch_rows", "Candidates in the batch that is being drawn.")
+        self.jobs = counter("jobs", "Ended jobs: settled, cancelled, failed or expired.", "outcome")
+        self.rejected = counter("rejected", "Requests turned away with a 503.", "reason")
+        self.pictures = counter("pictures", "Candidates drawn to the end.")
+        self.tokens = counter("image_tokens", "Image tokens sampled; rate() gives tokens a second.")
+        self.responses = counter("responses", "HTTP answers by status.", "status")
+        self.first_row = histogram("first_row_seconds", "From acceptance to the first grid row.")
+        self.latency = histogram("job_seconds", "From acceptance to settled pictures.")
 
     def watch(
         self, waiting: Callable[[], float], running: Callable[[], float], slots: Callable[[], float]

@@ -7,6 +7,7 @@ A field that asks for what a small model cannot give is refused; one that change
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
@@ -114,10 +115,17 @@ def check(schema: type[R], tree: Any) -> R:
 
 def told(error: ValidationError) -> ServingError:
     """What pydantic found, for a client: the first field at fault, and never its value."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    name = str(first["loc"][0]) if first["loc"] else None
+    return told_first(error.errors(include_url=False, include_input=False, include_context=False))
+
+
+def told_first(
+    details: Sequence[Any], ignored: Sequence[str] = ("body", "query", "path", "header")
+) -> ServingError:
+    """The same of pydantic's list of errors; FastAPI's begin with where the field was (`ignored`)."""
+    first = details[0]
+    names = [part for part in first["loc"] if part not in ignored]
     # A client may have made the name up: shown, but short and printable.
-    shown = None if name is None else ascii(name)[1:-1][:64]
+    shown = ascii(str(names[0]))[1:-1][:64] if names else None
     if first["type"] == "extra_forbidden":
         return bad_request(f"unknown parameter: {shown}", shown, "unknown_parameter")
     if first["type"] == "missing":

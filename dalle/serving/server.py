@@ -38,7 +38,7 @@ class Server(uvicorn.Server):
                 h11_max_incomplete_event_size=32_768,  # of a request's head
             )
         )
-        self._state: State = app.state.serving
+        self.state: State = app.state.serving
         self._grace_s = settings.grace_s
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -49,7 +49,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Takes nothing more on, gives jobs their time, then ends them."""
-        jobs = self._state.jobs
+        jobs = self.state.jobs
         jobs.drain()
         ending = asyncio.ensure_future(asyncio.to_thread(_end, jobs, self._grace_s))
         await super().shutdown(sockets)

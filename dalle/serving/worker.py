@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 GREY = 128  # where nothing is drawn yet
-PREVIEW_SHARE = 0.3  # of a batch's time that may go into showing it
+PREVIEW_SHARE = 0.2  # of a batch's time that may go into showing it
 
 
 class Worker:
@@ -145,11 +145,12 @@ class Worker:
 
     def _show(self, parts: Sequence[Part], row: int, tokens: Tensor) -> None:
         """Decodes the first rows of all candidates that somebody looks at, in one go."""
-        watched, rows, start = list[Part](), list[int](), 0
+        watched, rows, start = list[tuple[Part, int]](), list[int](), 0
         for part in parts:
-            if not part.job.is_over and part.job.listener.wants_row(row):
-                watched.append(part)
-                rows.extend(range(start, start + part.n))
+            n = 0 if part.job.is_over else part.job.listener.n_looked_at(row, part.first, part.n)
+            if n:
+                watched.append((part, n))
+                rows.extend(range(start, start + n))
             start += part.n
         if not watched:
             return
@@ -157,9 +158,9 @@ class Worker:
         side = self.pipe.dvae.config.image_size
         images = [_padded(image, side) for image in to_images(top)]
         start = 0
-        for part in watched:
-            part.job.listener.tell(Row(row, part.first, tuple(images[start : start + part.n])))
-            start += part.n
+        for part, n in watched:
+            part.job.listener.tell(Row(row, part.first, tuple(images[start : start + n])))
+            start += n
 
     def _finish(self, part: Part, tokens: Tensor, plan: BatchPlan, n_threads: int) -> None:
         """Decodes and scores a job's part of a batch; the last part settles the job."""
@@ -169,7 +170,7 @@ class Worker:
                 pixels = self.pipe.pixels(tokens)  # (n, 3, H, W)
             scores: list[float | None] = [None] * part.n
             if self.pipe.ranker is not None and job.caption_vector is not None:
-                scores = self.pipe.ranker.score(job.caption_vector, pixels.split(CHUNK)).tolist()
+                scores = self.pipe.ranker.score(job.caption_vector, torch.split(pixels, CHUNK)).tolist()
             images = to_images(pixels)
             for i, image in enumerate(images):
                 place = plan.model_copy(update={"position": plan.position + i})
