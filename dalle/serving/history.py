@@ -260,31 +260,32 @@ class History:
         return connection
 
     def _prepare(self) -> None:
-        """Make the tables of a new file; refuse a file that is not ours or not of our time."""
+        """Make the tables of a new file; refuse a file that is not ours or not of our time, and leave it as it is."""
         connection = self._writer
-        connection.execute("SELECT count(*) FROM sqlite_master")  # reads the header: is it SQLite, and whole?
-        (n_pages,) = connection.execute("PRAGMA page_count").fetchone()
-        if n_pages == 0:
+        if self._is_new():
             connection.execute("PRAGMA auto_vacuum=FULL")  # what is deleted gives its disk space back
         connection.execute("PRAGMA journal_mode=WAL")
-        with self._writing():  # of two servers that start at once, one makes the tables
-            (version,) = connection.execute("PRAGMA user_version").fetchone()
-            (application,) = connection.execute("PRAGMA application_id").fetchone()
-            (n_tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-            if n_tables == 0:
+        with self._writing():
+            if self._is_new():  # of two servers that start at once, one makes the tables
                 for statement in _TABLES.split(";\n"):
                     connection.execute(statement)
                 connection.execute(f"PRAGMA application_id={APPLICATION}")
                 connection.execute(f"PRAGMA user_version={SCHEMA}")
-            elif application != APPLICATION:
-                raise ValueError(
-                    f"{self.path}: not a history of dalle: move it away, or choose another folder"
-                )
-            elif version != SCHEMA:
-                raise ValueError(
-                    f"{self.path}: history has format {version}; this dalle reads {SCHEMA}: update dalle, or choose "
-                    "another folder"
-                )
+
+    def _is_new(self) -> bool:
+        (n_tables,) = self._writer.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        (application,) = self._writer.execute("PRAGMA application_id").fetchone()
+        (version,) = self._writer.execute("PRAGMA user_version").fetchone()
+        if n_tables == 0:
+            return True
+        if application != APPLICATION:
+            raise ValueError(f"{self.path}: not a history of dalle: move it away, or choose another folder")
+        if version != SCHEMA:
+            raise ValueError(
+                f"{self.path}: history has format {version}; this dalle reads {SCHEMA}: update dalle, or choose "
+                "another folder"
+            )
+        return False
 
     def _unusable(self, error: sqlite3.Error) -> ValueError:
         return ValueError(
