@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -25,8 +24,6 @@ from dalle.serving.jobs import Jobs
 from dalle.serving.schema import told_first
 from dalle.serving.settings import Settings
 from dalle.serving.state import State
-
-logger = logging.getLogger(__name__)
 
 
 def create_app(settings: Settings, pipe: DallePipeline) -> FastAPI:
@@ -53,7 +50,7 @@ def create_app(settings: Settings, pipe: DallePipeline) -> FastAPI:
             module = importlib.import_module(f"dalle.serving.{name}")
             if hasattr(module, "router"):
                 app.include_router(module.router(state))
-    for kind in (ServingError, HTTPException, RequestValidationError, ClientDisconnect, Exception):
+    for kind in (ServingError, HTTPException, RequestValidationError, ClientDisconnect):
         app.add_exception_handler(kind, _tell)
     app.add_middleware(Guard, settings=settings, files=files, metrics=jobs.metrics)
     return app
@@ -61,9 +58,9 @@ def create_app(settings: Settings, pipe: DallePipeline) -> FastAPI:
 
 async def _tell(http: Request, error: Exception) -> Response:
     """Every failure, in OpenAI's envelope."""
-    headers, body = error_answer(_as_told(http, error))
-    status = _as_told(http, error).status
-    return Response(body, status, headers)
+    failure = _as_told(http, error)
+    headers, body = error_answer(failure)
+    return Response(body, failure.status, headers)
 
 
 def _as_told(http: Request, error: Exception) -> ServingError:
@@ -73,17 +70,10 @@ def _as_told(http: Request, error: Exception) -> ServingError:
         return told_first(error.errors())
     if isinstance(error, ClientDisconnect):
         return bad_request("the request ended before its body")
-    if isinstance(error, HTTPException):
-        codes = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
-        shown = ascii(http.url.path)[1:-1][:80]
-        texts = {404: f"there is nothing at {shown}", 405: f"{shown} does not take {http.method}"}
-        is_plain = error.detail in ("Not Found", "Method Not Allowed")
-        message = texts[error.status_code] if is_plain else str(error.detail)
-        return ServingError(error.status_code, message, code=codes.get(error.status_code, "invalid_value"))
-    logger.error("%s %s failed", http.method, http.url.path, exc_info=error)
-    return ServingError(
-        500,
-        "something went wrong here; the server's log says what",
-        kind="server_error",
-        code="internal_error",
-    )
+    assert isinstance(error, HTTPException)
+    codes = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+    shown = ascii(http.url.path)[1:-1][:80]
+    texts = {404: f"there is nothing at {shown}", 405: f"{shown} does not take {http.method}"}
+    is_plain = error.detail in ("Not Found", "Method Not Allowed")
+    message = texts[error.status_code] if is_plain else str(error.detail)
+    return ServingError(error.status_code, message, code=codes.get(error.status_code, "invalid_value"))

@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import hmac
 import json
+import logging
 import secrets
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs, urlsplit
@@ -22,6 +23,8 @@ from dalle.serving.files import SignedFiles
 from dalle.serving.job import ServingError
 from dalle.serving.metrics import Metrics
 from dalle.serving.settings import Settings, is_loopback
+
+logger = logging.getLogger(__name__)
 
 COOKIE = "dalle_key"
 OPEN = ("/health",)  # answered without a key
@@ -65,8 +68,12 @@ class Guard:
         request_id = f"req_{secrets.token_hex(12)}"
         body = _Body(receive, self._settings)
 
+        has_started = False
+
         async def answer(message: Message) -> None:
+            nonlocal has_started
             if message["type"] == "http.response.start":
+                has_started = True
                 headers = MutableHeaders(raw=message.setdefault("headers", []))
                 for name, value in SAFE_HEADERS.items():
                     headers[name] = value
@@ -87,6 +94,11 @@ class Guard:
             await self._app(scope, body.receive, answer)
         except ServingError as error:
             await refuse(error, answer)
+        except Exception:
+            logger.exception("%s %s failed (%s)", scope["method"], ascii(scope["path"]), request_id)
+            if has_started:
+                raise  # the server cuts the line: the client must not take a part for the whole
+            await refuse(_internal_error(), answer)
         finally:
             self._n_open -= 1
 
@@ -205,6 +217,15 @@ class _Body:
         return ServingError(
             413, f"the body is larger than {self._most} bytes: send a smaller picture", code="body_too_large"
         )
+
+
+def _internal_error() -> ServingError:
+    return ServingError(
+        500,
+        "something went wrong here; the server's log says what",
+        kind="server_error",
+        code="internal_error",
+    )
 
 
 async def refuse(error: ServingError, send: Send) -> None:

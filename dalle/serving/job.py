@@ -111,8 +111,11 @@ Event = Queued | Started | Row | Settled | Failed
 class Listener(Protocol):
     """Where a job's events go; called from the worker's thread, so it must return at once."""
 
-    def n_looked_at(self, row: int, first: int, n: int) -> int:
-        """Of how many of the `n` candidates from `first` on a preview would be looked at now: others cost nothing."""
+    def n_looked_at(self, row: int, first: int, n: int, is_late: bool) -> int:
+        """Of how many of the `n` candidates from `first` on a preview is wanted now: others cost nothing.
+
+        `is_late`: previews had their share of the time; only those that were counted on should be made.
+        """
 
     def tell(self, event: Event) -> None:
         """Takes an event in."""

@@ -33,11 +33,13 @@ class Mailbox:
         self._events = asyncio.Queue[Event]()
         self._has_unread_row = False
 
-    def n_looked_at(self, row: int, first: int, n: int) -> int:
-        """How many previews would be looked at now: none while the last row is not read yet."""
-        if self._has_unread_row:
-            return 0
-        if self._rows is not None and not (self._rows and row >= self._rows[0]):
+    def n_looked_at(self, row: int, first: int, n: int, is_late: bool) -> int:
+        """How many previews are wanted now; without chosen rows none while the last is unread, or in a hurry."""
+        if self._rows is None:
+            is_wanted = not (self._has_unread_row or is_late)
+        else:
+            is_wanted = bool(self._rows) and row >= self._rows[0]
+        if not is_wanted:
             return 0
         return n if self._n_shown is None else max(0, min(n, self._n_shown - first))
 

@@ -65,8 +65,11 @@ def router(state: State, files: SignedFiles) -> APIRouter:
                 415, "an edit is multipart/form-data with image and prompt", code="unsupported_media_type"
             )
         reading = http.form(max_files=4, max_fields=64, max_part_size=256_000)
-        async with await within(state.settings.body_s, reading) as form:
+        form: FormData = await within(state.settings.body_s, reading)
+        try:
             wanted, image, mask = await read_edit(form)
+        finally:
+            await form.close()
         order = Order.of(state, wanted, "image_edit")
         return await answer(
             http, state, files, order, lambda: prepare_edit(state, order, wanted.keep_rows, image, mask)

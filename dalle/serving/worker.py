@@ -122,9 +122,9 @@ class Worker:
             for part in parts:
                 if row == 0 and part.first == 0 and not part.job.is_over:
                     self.metrics.first_row.observe(before - part.job.accepted_at)
-            if row == 0 or shown_s <= PREVIEW_SHARE * (before - start):
-                self._show(parts, row, tokens)
-                shown_s += time.monotonic() - before
+            is_late = row > 0 and shown_s > PREVIEW_SHARE * (before - start)
+            self._show(parts, row, tokens, is_late)
+            shown_s += time.monotonic() - before
             return all(part.job.is_over for part in parts)  # nobody wants this batch any more
 
         tokens = self.pipe.draw_batch(
@@ -143,11 +143,11 @@ class Worker:
             row += part.n
         self.jobs.timed(n_rows, time.monotonic() - start)
 
-    def _show(self, parts: Sequence[Part], row: int, tokens: Tensor) -> None:
+    def _show(self, parts: Sequence[Part], row: int, tokens: Tensor, is_late: bool) -> None:
         """Decodes the first rows of all candidates that somebody looks at, in one go."""
         watched, rows, start = list[tuple[Part, int]](), list[int](), 0
         for part in parts:
-            n = 0 if part.job.is_over else part.job.listener.n_looked_at(row, part.first, part.n)
+            n = 0 if part.job.is_over else part.job.listener.n_looked_at(row, part.first, part.n, is_late)
             if n:
                 watched.append((part, n))
                 rows.extend(range(start, start + n))
