@@ -17,6 +17,7 @@ from dalle.generation.request import Request
 from dalle.generation.rerank import Ranker
 from dalle.pipeline import DallePipeline
 from dalle.serving.app import create_app
+from dalle.serving.job import Event, Failed, ServingError, Settled
 from dalle.serving.server import Server
 from dalle.serving.settings import Settings
 from dalle.serving.state import State
@@ -36,6 +37,7 @@ class GatedPipeline(DallePipeline):
         self.batches: list[list[int]] = []  # how many rows of each request, batch by batch
         self.failing: set[str] = set()  # captions that no batch survives
         self.error: Exception = FloatingPointError("the transformer's logits are NaN")
+        self.most_rows = 1000  # of a batch that memory holds
 
     def draw_batch(
         self,
@@ -54,6 +56,8 @@ class GatedPipeline(DallePipeline):
         self.batches.append([len(one) for one in seeds])
         if any(request.caption in self.failing for request in requests):
             raise self.error
+        if sum(self.batches[-1]) > self.most_rows:
+            raise MemoryError
         return super().draw_batch(requests, seeds, completions, held, n_threads)
 
 
@@ -62,6 +66,39 @@ def gated_pipe(with_ranker: bool = True) -> GatedPipeline:
     tokenizer = tiny_tokenizer(CAPTIONS)
     ranker = Ranker(tiny_clip(tokenizer), tokenizer) if with_ranker else None
     return GatedPipeline(tokenizer, tiny_dvae(), tiny_transformer(tokenizer.n_vocab), ranker=ranker)
+
+
+class Recorder:
+    """A listener that keeps what it is told, and looks at every row."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.is_over = threading.Event()
+
+    def n_looked_at(self, row: int, first: int, n: int, is_late: bool) -> int:
+        return n
+
+    def tell(self, event: Event) -> None:
+        self.events.append(event)
+        if isinstance(event, Settled | Failed):
+            self.is_over.set()
+
+    def last(self) -> Settled | Failed:
+        """How the job ended; waits for it."""
+        assert self.is_over.wait(60)
+        ends = [event for event in self.events if isinstance(event, Settled | Failed)]
+        assert len(ends) == 1 and self.events[-1] is ends[0], "told once, and last"
+        return ends[0]
+
+    def settled(self) -> Settled:
+        last = self.last()
+        assert isinstance(last, Settled), last
+        return last
+
+    def failed(self) -> ServingError:
+        last = self.last()
+        assert isinstance(last, Failed), last
+        return last.error
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def told_first(
         return bad_request(f"{shown} is missing", shown, "missing_required_parameter")
     kind = "invalid_type" if first["type"].endswith("_type") else "invalid_value"
     reason = first["msg"].replace("Input should be", "must be").removeprefix("Value error, ")
-    return bad_request(f"{shown}: {reason}", shown, kind)
+    return bad_request(reason if shown is None else f"{shown}: {reason}", shown, kind)
 
 
 def _refuse(constant: str) -> None:

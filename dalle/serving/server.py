@@ -32,7 +32,8 @@ class Server(uvicorn.Server):
                 server_header=False,
                 proxy_headers=False,  # nobody in front is trusted to say who asks
                 lifespan="on",
-                limit_concurrency=settings.max_connections,
+                # The guard turns requests away first, and says when to come again; this is for sockets that say nothing.
+                limit_concurrency=2 * settings.max_connections + 64,
                 timeout_keep_alive=30,
                 timeout_graceful_shutdown=int(settings.grace_s) + AFTER_GRACE_S,
                 h11_max_incomplete_event_size=32_768,  # of a request's head
