@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from dalle.attention import LAYER_KINDS, dense_mask
+from dalle.generation.options import GenerationOptions
 from dalle.images import to_images
 from dalle.pipeline import DallePipeline
 from dalle.serving.app import create_app
@@ -24,6 +25,7 @@ from tests.tiny import GRID, N_CODES, N_TEXT, tiny_pipe, tiny_transformer
 
 T = TypeVar("T")
 N = GRID * GRID
+PLAIN = GenerationOptions()
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,7 @@ def text_of(pipe: DallePipeline, caption: str) -> Tensor:
 
 def test_probabilities_are_those_of_the_models_own_loss(pipe: DallePipeline) -> None:
     text, tokens = text_of(pipe, "a red apple"), torch.arange(N).view(GRID, GRID)
-    reading = read_picture(pipe.transformer, text, tokens)
+    reading = read_picture(pipe.transformer, text, tokens, PLAIN)
     with torch.no_grad():
         loss = pipe.transformer.loss(text[None], tokens.view(1, -1)).image
     probability = torch.tensor(reading.probability)
@@ -75,7 +77,7 @@ def test_every_cell_is_read_as_it_was_drawn_one_by_one(pipe: DallePipeline) -> N
     """The slow twin: each cell's distribution from a pass in which all later cells hold something else."""
     text = text_of(pipe, "a blue boat")
     tokens = torch.randint(N_CODES, (GRID, GRID), generator=torch.Generator().manual_seed(5))
-    reading = read_picture(pipe.transformer, text, tokens)
+    reading = read_picture(pipe.transformer, text, tokens, PLAIN)
     for cell in range(N):
         cut = tokens.flatten().clone()
         cut[cell:] = 0
@@ -91,17 +93,65 @@ def test_every_cell_is_read_as_it_was_drawn_one_by_one(pipe: DallePipeline) -> N
 
 def test_the_likeliest_tokens_have_rank_one(pipe: DallePipeline, history: History) -> None:
     _, tokens = store(history, pipe, "a red apple", temperature=0.0)
-    reading = read_picture(pipe.transformer, text_of(pipe, "a red apple"), tokens)
+    reading = read_picture(pipe.transformer, text_of(pipe, "a red apple"), tokens, PLAIN)
     assert all(rank == 1 for row in reading.rank for rank in row)
 
 
 def test_a_model_that_knows_nothing_has_the_whole_codebooks_entropy(pipe: DallePipeline) -> None:
     blind = tiny_transformer(pipe.tokenizer.n_vocab)
     torch.nn.init.zeros_(blind.image_head.weight)
-    reading = read_picture(blind, text_of(pipe, "a red apple"), torch.zeros(GRID, GRID, dtype=torch.int64))
+    tokens = torch.zeros(GRID, GRID, dtype=torch.int64)
+    reading = read_picture(blind, text_of(pipe, "a red apple"), tokens, PLAIN)
     bits = [bit for row in reading.entropy_bits for bit in row]
     assert bits == pytest.approx([math.log2(N_CODES)] * N)
     assert all(rank == 1 for row in reading.rank for rank in row)  # none is likelier
+
+
+# The distribution that a picture was drawn from
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 0.0},
+        {"temperature": 0.7, "guidance": 3.0},
+        {"top_k": 3},
+        {"top_p": 0.6, "guidance": 2.0},
+        {"temperature": 2.0, "top_k": 5, "top_p": 0.5},
+    ],
+)
+def test_every_drawn_token_was_possible_and_as_likely_as_its_settings_made_it(
+    pipe: DallePipeline, history: History, settings: dict[str, Any]
+) -> None:
+    options = GenerationOptions(**settings)
+    _, tokens = store(history, pipe, "a blue boat", **settings)
+    text = text_of(pipe, "a blue boat")
+    reading = read_picture(pipe.transformer, text, tokens, options)
+    with torch.no_grad():
+        with_caption, without = (
+            pipe.transformer(row[None], tokens.view(1, -1))[1][0].double().numpy()
+            for row in (text, text_of(pipe, ""))
+        )
+    logits = without + options.guidance * (with_caption - without)
+    for cell, token in enumerate(tokens.flatten().tolist()):
+        found = reading.drawn_probability[cell // GRID][cell % GRID]
+        assert found > 0
+        assert found == pytest.approx(chance_of(token, logits[cell], options), rel=1e-3)
+
+
+def chance_of(token: int, logits: Any, options: GenerationOptions) -> float:
+    """The slow twin: sorts all tokens, cuts off what the settings cut off, and shares the rest out."""
+    order = np.argsort(-logits, kind="stable")
+    if options.temperature == 0:
+        return float(order[0] == token)
+    kept = order[: options.top_k]
+    p = np.exp((logits[kept] - logits[order[0]]) / options.temperature)
+    p /= p.sum()
+    if options.top_p is not None:
+        n = int((np.cumsum(p) < options.top_p - 1e-12).sum()) + 1
+        kept, p = kept[:n], p[:n] / p[:n].sum()
+    return float(p[kept == token].sum())
 
 
 # Masks
@@ -166,7 +216,7 @@ def test_different_tokens_look_different(pipe: DallePipeline) -> None:
 def test_a_stored_picture_is_looked_into(client: TestClient, pipe: DallePipeline, history: History) -> None:
     id, tokens = store(history, pipe, "a blue boat")
     answer = client.get(f"/api/pictures/{id}/microscope").json()
-    expected = read_picture(pipe.transformer, text_of(pipe, "a blue boat"), tokens)
+    expected = read_picture(pipe.transformer, text_of(pipe, "a blue boat"), tokens, PLAIN)
     assert answer["tokens"] == tokens.tolist() and answer["grid"] == GRID and answer["vocabulary"] == N_CODES
     assert np.allclose(answer["probability"], expected.probability, rtol=1e-4)
     assert np.allclose(answer["entropy_bits"], expected.entropy_bits, rtol=1e-4)

@@ -1,9 +1,10 @@
 """The microscope: how sure the transformer was of each cell of a picture, what it could see, what a token looks like.
 
 One teacher-forced pass reads a picture's caption and tokens and gives, for every cell, the distribution from which
-its token was drawn, given the true tokens before it. It is the transformer's own: at temperature 1, with the caption
-(the conditional branch), nothing cut off. A picture drawn with guidance, top-k or another temperature was drawn from a
-sharper one; these numbers say what the model itself believes.
+its token was drawn, given the true tokens before it. Probability, rank and entropy are the transformer's own: at
+temperature 1, with the caption (the conditional branch), nothing cut off: what the model believes. A picture drawn with
+guidance, top-k or another temperature was drawn from another distribution, in which a token that the model by itself
+thinks unlikely may be the likeliest: `drawn_probability` is that one's.
 
 Shapes: G grid side, N = G * G image tokens, T text tokens, K image tokens in the vocabulary.
 """
@@ -21,11 +22,19 @@ from torch import Tensor
 from dalle.attention import allowed_image_keys, layer_kinds
 from dalle.config import validate
 from dalle.dvae import DiscreteVAE
+from dalle.generation.options import GenerationOptions
 from dalle.generation.recipe import Recipe
+from dalle.generation.sampling import (
+    MIN_TEMPERATURE,
+    apply_temperature,
+    combine_guidance,
+    keep_top_p,
+    top_k_of,
+)
 from dalle.images import to_images
 from dalle.pipeline import DallePipeline
 from dalle.serving.history import History, Picture
-from dalle.transformer import Transformer
+from dalle.transformer import Transformer, TransformerConfig
 
 N_READINGS = 64  # pictures whose numbers are kept: 20 kB each at a grid of 16
 N_SWATCHES = 8192  # pictures of tokens that are kept: the paper's whole codebook, under 1 kB each
@@ -47,6 +56,7 @@ class Reading:
 
     tokens: list[list[int]]
     probability: Grid  # of the token that is there, 0..1
+    drawn_probability: Grid  # the same under the settings that the picture was drawn with, guidance included
     entropy_bits: Grid  # of the whole distribution, 0..log2 K: 0 is certain
     rank: list[list[int]]  # of the token that is there; 1 is the likeliest of K
 
@@ -82,6 +92,7 @@ class Microscope:
             "grid": config.grid_size,
             "tokens": reading.tokens,
             "probability": reading.probability,
+            "drawn_probability": reading.drawn_probability,
             "entropy_bits": reading.entropy_bits,
             "max_entropy_bits": math.log2(config.n_image_vocab),
             "rank": reading.rank,
@@ -110,28 +121,56 @@ class Microscope:
             )
         ids = pipe.tokenizer.pad(pipe.tokenizer.encode(recipe.caption, truncate=recipe.truncate))
         text = torch.as_tensor(ids, dtype=torch.int64)
-        return self._run(lambda: read_picture(pipe.transformer, text, tokens))
+        return self._run(lambda: read_picture(pipe.transformer, text, tokens, recipe.options))
 
     def _draw_swatch(self, token: int) -> bytes:
         return self._run(lambda: draw_token(self.pipe.dvae, token))
 
 
 @torch.no_grad()
-def read_picture(transformer: Transformer, text: Tensor, tokens: Tensor) -> Reading:
-    """Read a caption (T,) and a picture (G, G), both int64, in one pass; see the file's head for what it says."""
-    device = next(transformer.parameters()).device
+def read_picture(
+    transformer: Transformer, text: Tensor, tokens: Tensor, options: GenerationOptions
+) -> Reading:
+    """Read a caption (T,) and a picture (G, G), both int64, in one pass; see the file's head for what it says.
+
+    `options` are those that the picture was drawn with.
+    """
+    device, config = next(transformer.parameters()).device, transformer.config
+    texts = [text] if options.guidance == 1 else [text, empty_caption(config)]
     drawn = tokens.reshape(1, -1)  # (1, N)
-    _, logits = transformer(text[None].to(device), drawn.to(device))  # (1, N, K)
-    log_p = logits[0].double().cpu().log_softmax(dim=-1)  # (N, K)
+    _, logits = transformer(torch.stack(texts).to(device), drawn.expand(len(texts), -1).to(device))
+    logits = logits.double().cpu()  # (1, N, K), or with the empty caption's (2, N, K)
+    log_p = logits[0].log_softmax(dim=-1)  # (N, K)
     own = log_p.gather(1, drawn.T)  # (N, 1)
     entropy = torch.special.entr(log_p.exp()).sum(dim=1) / math.log(2)  # (N,)
     rank = 1 + (log_p > own).sum(dim=1)  # (N,)
+    guided = logits[0] if len(texts) == 1 else combine_guidance(logits[0], logits[1], options.guidance)
+    drawn_p = probabilities(guided, options).gather(1, drawn.T)  # (N, 1)
     return Reading(
         tokens=cast(list[list[int]], tokens.tolist()),
         probability=cast(Grid, own.exp().view_as(tokens).tolist()),
+        drawn_probability=cast(Grid, drawn_p.view_as(tokens).tolist()),
         entropy_bits=cast(Grid, entropy.view_as(tokens).tolist()),
         rank=cast(list[list[int]], rank.view_as(tokens).tolist()),
     )
+
+
+def probabilities(logits: Tensor, options: GenerationOptions) -> Tensor:
+    """The distribution that `dalle.generation.sampling.sample` draws from: (N, K) of logits (N, K)."""
+    if options.temperature < MIN_TEMPERATURE:
+        return torch.nn.functional.one_hot(logits.argmax(dim=-1), logits.shape[-1]).to(logits.dtype)
+    logits = apply_temperature(logits, options.temperature)
+    if options.top_k is not None and options.top_k < logits.shape[-1]:
+        kept, tokens = top_k_of(logits, options.top_k)
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, tokens, kept)
+    if options.top_p is not None and options.top_p < 1:
+        logits = keep_top_p(logits, options.top_p)
+    return logits.softmax(dim=-1)
+
+
+def empty_caption(config: TransformerConfig) -> Tensor:
+    """What guidance moves away from: the pad of every text position, (T,) int64."""
+    return config.n_text_vocab + torch.arange(config.n_text_tokens)
 
 
 def visible_cells(transformer: Transformer, layer: int, cell: int) -> list[int]:
