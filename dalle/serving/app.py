@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -15,7 +13,16 @@ from starlette.responses import Response
 
 from dalle import __version__
 from dalle.pipeline import DallePipeline
-from dalle.serving import draw_api, health_api, openai_api
+from dalle.serving import (
+    draw_api,
+    health_api,
+    history_api,
+    microscope_api,
+    openai_api,
+    page,
+    templates,
+    watch_api,
+)
 from dalle.serving.files import SignedFiles
 from dalle.serving.guard import Guard, error_answer
 from dalle.serving.history import History
@@ -42,14 +49,9 @@ def create_app(settings: Settings, pipe: DallePipeline) -> FastAPI:
     # No generated pages of documentation: they load scripts from elsewhere. /openapi.json stays.
     app = FastAPI(title="dalle", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.serving = state
-    app.include_router(health_api.router(state))
-    app.include_router(draw_api.router(state))
+    for module in (health_api, draw_api, history_api, microscope_api, watch_api, templates, page):
+        app.include_router(module.router(state))
     app.include_router(openai_api.router(state, files))
-    for name in ("page", "history_api", "microscope_api", "watch_api", "templates"):
-        if importlib.util.find_spec(f"dalle.serving.{name}"):
-            module = importlib.import_module(f"dalle.serving.{name}")
-            if hasattr(module, "router"):
-                app.include_router(module.router(state))
     for kind in (ServingError, HTTPException, RequestValidationError, ClientDisconnect):
         app.add_exception_handler(kind, _tell)
     app.add_middleware(Guard, settings=settings, files=files, metrics=jobs.metrics)
