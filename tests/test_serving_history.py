@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import random
 import re
 import signal
 import sqlite3
@@ -520,6 +521,20 @@ def test_what_is_no_picture_of_ours_is_one_clear_line_that_repeats_nothing_of_it
     assert answer.status_code == 400 and answer.headers["content-type"] == "application/json"
     message = answer.json()["error"]["message"]
     assert "\n" not in message and "script" not in message and len(message) < 200
+
+
+def test_a_png_with_any_damage_is_restored_or_refused(client: TestClient, drawn: tuple[str, bytes]) -> None:
+    rng = random.Random(0)
+    answers = set()
+    for _ in range(200):
+        data = bytearray(drawn[1][: rng.choice([len(drawn[1]), rng.randrange(len(drawn[1]))])])
+        for _ in range(rng.randrange(4)):
+            if data:
+                data[rng.randrange(min(len(data), 3000))] = rng.randrange(256)  # most of the recipe
+        answer = client.post("/api/restore", content=bytes(data))
+        answers.add(answer.status_code)
+        assert answer.status_code == 200 or "error" in answer.json()
+    assert answers == {200, 400}
 
 
 @pytest.mark.parametrize(

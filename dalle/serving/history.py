@@ -175,12 +175,6 @@ class History:
         row = self._one(query, _sha256(_json(recipe)))
         return None if row is None else str(row[0])
 
-    def job(self, job: str) -> list[Picture]:
-        """All candidates of a job that are still there, best first."""
-        query = f"SELECT {_COLUMNS} FROM pictures WHERE job = ? ORDER BY rank, number"
-        with self._reading() as connection:
-            return [_picture(row) for row in connection.execute(query, (job,))]
-
     def search(
         self, query: str = "", *, favourite: bool = False, before: str | None = None, limit: int = 50
     ) -> Page:
