@@ -33,10 +33,7 @@ class Page {
     this.info = info;
     this.captions = new Map(); // id of a picture -> its caption, for views that only get the id
     this.viewer = new Viewer({
-      drawAgain: (caption, settings) => {
-        this.go("explorer");
-        this.views.explorer.restore(caption, settings, { isDrawn: true });
-      },
+      drawAgain: (caption, settings) => this.go("explorer", null, () => this.views.explorer.restore(caption, settings, { isDrawn: true })),
       complete: (entry) => this.#follow("completion", entry),
       inspect: (entry) => this.#follow("microscope", entry),
     });
@@ -51,8 +48,13 @@ class Page {
     this.go(name, entry.id);
   }
 
-  go(name, id) {
-    location.hash = id ? `#/${name}/${encodeURIComponent(id)}` : `#/${name}`;
+  /** Go to a view; `then` runs when it is on show, in place of moving the focus to it. */
+  go(name, id, then = null) {
+    const hash = id ? `#/${name}/${encodeURIComponent(id)}` : `#/${name}`;
+    const isThere = this.view === this.views[name] && location.hash === hash;
+    if (isThere) then?.();
+    else this.then = then;
+    location.hash = hash;
   }
 
   /** Show the view of the address. */
@@ -79,10 +81,9 @@ class Page {
   /** Restore caption and settings from one of our PNGs. */
   async restore(file) {
     try {
-      const { caption, settings } = await change("POST", "/api/restore", file);
-      this.go("explorer");
-      this.views.explorer.restore(caption, settings ?? {});
-      toast("Caption and settings are back. Draw when you like.");
+      const { caption, settings, same_model: isSame } = await change("POST", "/api/restore", file);
+      this.go("explorer", null, () => this.views.explorer.restore(caption, settings ?? {}));
+      toast(`Caption and settings are back.${isSame === false ? " Another model drew the picture: this one will draw it otherwise." : ""}`);
     } catch (error) {
       this.fail(error);
     }
@@ -147,10 +148,7 @@ function onKey(page, event) {
     s: () => page.view === page.views.explorer && !page.view.shuffler.hidden && page.view.sentence.shuffle(),
     t: switchTheme,
     "?": () => page.help.showModal(),
-    "/": () => {
-      page.go("history");
-      requestAnimationFrame(() => page.views.history.search.focus());
-    },
+    "/": () => page.go("history", null, () => page.views.history.search.focus()),
   };
   names.forEach((name, i) => (actions[i + 1] = () => page.go(name)));
   const act = actions[event.key.toLowerCase()];
@@ -197,9 +195,11 @@ async function begin() {
   document.getElementById("help").addEventListener("click", () => page.help.showModal());
   addEventListener("hashchange", () => {
     const isOther = page.route();
-    if (!isOther) return;
-    document.getElementById("main").focus({ preventScroll: true });
-    announce(page.view.title);
+    const { then } = page;
+    page.then = null;
+    if (then) then();
+    else if (isOther) document.getElementById("main").focus({ preventScroll: true });
+    if (isOther) announce(page.view.title);
   });
   addEventListener("keydown", (event) => onKey(page, event));
   listenForDrops(page);

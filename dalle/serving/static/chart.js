@@ -4,6 +4,7 @@ import { h, s } from "./dom.js";
 
 const HEIGHT = 240;
 const MARGIN = { top: 12, right: 14, bottom: 26, left: 46 };
+const COLOURS = 6; // in views.css
 const TABLE_ROWS = 24; // steps that the table shows, evenly spread
 
 /** A chart of series `{ name, points: [[step, value]…], isMeasured }`; measured points are few and get dots. */
@@ -27,7 +28,7 @@ export class Chart {
   show(series) {
     this.series = series.filter(({ points }) => points.length);
     this.steps = [...new Set(this.series.flatMap(({ points }) => points.map(([step]) => step)))].sort((a, b) => a - b);
-    this.key.replaceChildren(...this.series.map(({ name }, i) => h("li", { class: `line-${i}` }, h("span", { class: "key-line", "aria-hidden": "true" }), name)));
+    this.key.replaceChildren(...this.series.map(({ name }, i) => h("li", { class: `line-${i % COLOURS}` }, h("span", { class: "key-line", "aria-hidden": "true" }), name)));
     this.key.hidden = this.series.length < 2;
     this.svg.setAttribute("aria-label", `${this.title}: ${this.series.map((each) => summary(each)).join("; ")}. Arrow keys read it step by step.`);
     this.#draw();
@@ -60,8 +61,8 @@ export class Chart {
 
   #line({ points, isMeasured }, i) {
     const path = points.map(([step, value], at) => `${at ? "L" : "M"}${this.x(step).toFixed(1)} ${this.y(value).toFixed(1)}`).join("");
-    const dots = isMeasured ? points.map(([step, value]) => s("circle", { class: `dot line-${i}`, cx: this.x(step), cy: this.y(value), r: 3 })) : [];
-    return [s("path", { class: `curve line-${i}`, d: path }), ...dots];
+    const dots = isMeasured ? points.map(([step, value]) => s("circle", { class: `dot line-${i % COLOURS}`, cx: this.x(step), cy: this.y(value), r: 3 })) : [];
+    return [s("path", { class: `curve line-${i % COLOURS}`, d: path }), ...dots];
   }
 
   #point(event) {

@@ -195,7 +195,7 @@ export class Completion {
 
   /** Captions to try: the picture's own, and the two that DALL·E's page made known. */
   #suggest(caption) {
-    const thing = caption.replace(/^(a|an|the)\s+/i, "").replace(/,.*$/, "") || "cat";
+    const thing = caption.replace(/^(an? emoji of )?(an?|the)\s+/i, "").replace(/(,| in \S+( \S+)? style).*$/, "") || "cat";
     const texts = [caption, `the exact same ${thing} on the top as a sketch on the bottom`, `the exact same ${thing} on the top colored blue on the bottom`];
     this.examples.replaceChildren(
       ...[...new Set(texts)].filter(Boolean).map((text) => h("button", { type: "button", class: "chip", text, onclick: () => (this.caption.value = text) })),

@@ -77,6 +77,11 @@ export class Easel {
     controller.abort();
   }
 
+  /** Say that a drawing will come here. */
+  wait() {
+    this.#say("Waiting for its turn");
+  }
+
   /** Show one line about what went wrong. */
   fail(text) {
     this.error.textContent = text;

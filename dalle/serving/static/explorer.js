@@ -92,7 +92,7 @@ export class Explorer {
   restore(caption, settings, { isDrawn = false } = {}) {
     this.free.value = caption;
     this.choose(FREE);
-    this.settings.set({ ...settings });
+    this.settings.set({ num_images: 1, num_candidates: 1, ...settings }); // the one picture, and no other chosen over it
     this.#fit();
     if (isDrawn) this.draw();
     else this.button.focus();
@@ -120,6 +120,7 @@ export class Explorer {
     }
     if (captions.length > 1 && settings.seed === undefined) settings.seed = Math.floor(Math.random() * 2 ** 32); // rows differ by the word alone
     this.#lay(captions);
+    this.easels.forEach((easel) => easel.wait());
     const running = {};
     this.running = running;
     this.#showBusy();

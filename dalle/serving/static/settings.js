@@ -31,7 +31,7 @@ export class Settings {
         { class: "settings-fields" },
         fields,
         h("div", { class: "field check" }, this.truncate, h("label", { for: truncateId, text: "Cut captions that are too long" })),
-        h("button", { type: "button", class: "link", text: "Back to the model’s own", onclick: () => this.set({}) }),
+        h("button", { type: "button", class: "link", text: "Back to the model’s own", onclick: () => this.#reset() }),
       ),
     );
     this.set(stored());
@@ -63,9 +63,14 @@ export class Settings {
   set(values) {
     for (const { name } of FIELDS) {
       const value = values[name] ?? { num_images: Math.min(4, this.info.max_images), num_candidates: this.#usualCandidates() }[name];
-      this.inputs[name].value = value ?? "";
+      this.inputs[name].value = this.inputs[name].disabled ? "" : (value ?? "");
     }
     this.truncate.checked = Boolean(values.truncate);
+    this.#tell();
+  }
+
+  #reset() {
+    this.set({});
     this.#changed();
   }
 
@@ -90,8 +95,8 @@ export class Settings {
     return request;
   }
 
-  #changed() {
-    const values = Object.fromEntries(Object.entries(this.inputs).map(([name, input]) => [name, input.value]));
+  #tell() {
+    const values = this.#values();
     const [n, candidates] = [Number(values.num_images || 1), Number(values.num_candidates || 0)];
     const parts = [candidates > n ? `best ${n} of ${candidates}` : `${n} picture${n === 1 ? "" : "s"}`];
     parts.push(values.seed === "" ? "a new seed" : `seed ${values.seed}`);
@@ -99,15 +104,21 @@ export class Settings {
       if (values[name] !== "") parts.push(`${name.replace("_", "-")} ${values[name]}`);
     }
     this.digest.textContent = parts.join(" · ");
+  }
+
+  /** Remember what a person set, but not a seed, nor what a picture brought along. */
+  #changed() {
+    this.#tell();
+    const set = Object.entries(this.#values()).filter(([name, value]) => value !== "" && name !== "seed");
     try {
-      localStorage.setItem(STORE, JSON.stringify({ ...this.#numbers(values), seed: undefined, truncate: this.truncate.checked }));
+      localStorage.setItem(STORE, JSON.stringify({ ...Object.fromEntries(set.map(([name, value]) => [name, Number(value)])), truncate: this.truncate.checked }));
     } catch {
       // Storage is refused in some private windows: the settings live as long as the page.
     }
   }
 
-  #numbers(values) {
-    return Object.fromEntries(Object.entries(values).filter(([, value]) => value !== "").map(([name, value]) => [name, Number(value)]));
+  #values() {
+    return Object.fromEntries(Object.entries(this.inputs).map(([name, input]) => [name, input.value]));
   }
 }
 

@@ -126,7 +126,9 @@ export class Training {
     for (const button of this.stages.children) button.setAttribute("aria-pressed", String(button.dataset.name === this.stage));
     this.#tell();
     this.#remark();
-    this.#curves();
+    const drawn = `${this.run.id} ${this.stage} ${this.rows.length}`;
+    if (this.drawn !== drawn) this.#curves(); // polled every few seconds, most often for nothing new
+    this.drawn = drawn;
     this.#sheets();
     this.#codes();
   }
@@ -151,8 +153,8 @@ export class Training {
     if (this.remarks.dataset.text === text) return;
     this.remarks.dataset.text = text;
     this.remarks.replaceChildren(
-      ...remarks.map(({ severity, text: words, stage }) =>
-        h("li", { class: `remark ${severity}` }, h("b", { text: stage ? `${stage}: ` : "" }), words),
+      ...remarks.map(({ severity, text: words, stage, why }) =>
+        h("li", { class: `remark ${severity}` }, h("p", {}, h("b", { text: stage ? `${stage}: ` : "" }), words), why && h("details", {}, h("summary", { text: "Why this is said" }), h("p", { text: why }))),
       ),
     );
     this.remarks.hidden = !remarks.length;

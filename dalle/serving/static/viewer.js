@@ -13,7 +13,7 @@ export class Viewer {
     this.facts = h("dl", { class: "facts" });
     this.recipe = h("pre", { tabindex: "0", "aria-label": "Recipe" });
     this.favourite = h("button", { type: "button", "aria-pressed": "false", onclick: () => this.#favour() }, icon("star"), "Favourite");
-    this.download = h("a", { class: "button", role: "button" }, icon("download"), "Download");
+    this.download = h("a", { class: "button" }, icon("download"), "Download");
     this.delete = h("button", { type: "button", class: "danger", onclick: () => this.#remove() }, icon("trash"), "Delete");
     this.previous = this.#stepper("previous", "Previous picture", -1);
     this.next = this.#stepper("next", "Next picture", 1);
