@@ -273,6 +273,12 @@ def test_a_kill_while_adding_loses_nothing_accepted_and_leaves_no_job_in_part(tm
     check_whole(tmp_path, accepted)
 
 
+def test_what_is_accepted_is_on_the_disk_itself(history: History) -> None:
+    """No test can cut the power; SQLite promises it for these settings (sqlite.org/pragma.html#pragma_synchronous)."""
+    assert history._writer.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
+    assert history._writer.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
 @pytest.mark.long
 def test_ten_kills_in_a_row_lose_nothing(tmp_path: Path) -> None:
     for n_jobs in range(1, 11):

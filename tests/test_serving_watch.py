@@ -357,6 +357,14 @@ def test_a_loss_that_rises_again_is_an_error(written: Written, points: list[Any]
     assert said(written) == [("error", "The")] and "diverges" in remarks(written)[0].text
 
 
+def test_a_warm_up_that_shakes_given_weights_is_no_divergence(tmp_path: Path) -> None:
+    written = Written(tmp_path, init_from={"transformer": "hash"})
+    written.losses(
+        "transformer", [(10, 3.86), (100, 3.74), (260, 3.99)]
+    )  # as seen in a run that then did well
+    assert said(written) == []
+
+
 def test_a_single_spike_is_no_divergence(written: Written) -> None:
     written.losses("transformer", [(10, 8.0), (1000, 4.0)])
     written.add("transformer", 1010, loss=30.0)
