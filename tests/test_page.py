@@ -226,6 +226,7 @@ def test_a_drawing_waits_its_turn_and_can_be_cancelled(person: Visit, live: Live
         assert live.state.jobs.wait_idle(20)
     expect(button(page, "Draw")).to_be_visible()
     assert live.state.jobs.n_slots == 0
+    assert any(it.method == "DELETE" and "/api/jobs/" in it.url for it in person.requests)
 
 
 def test_what_goes_wrong_is_one_clear_line(person: Visit, live: Live) -> None:
@@ -275,6 +276,10 @@ def test_a_picture_opens_with_its_recipe_and_what_can_be_done_with_it(
     assert [it.seed for it in live.state.history.search(favourite=True).pictures] == [seed]
     page.keyboard.press("ArrowRight")
     expect(dialog.locator(".viewer-place")).to_have_text(f"2 of {N_SHOWN}")
+    page.keyboard.press("Escape")
+    first.click()
+    expect(dialog.get_by_role("button", name="Favourite")).to_have_attribute("aria-pressed", "true")
+    page.keyboard.press("ArrowRight")
     dialog.get_by_text("Recipe", exact=True).click()
     expect(dialog.locator("pre")).to_contain_text('"model_sha256"')
     page.keyboard.press("ArrowLeft")
@@ -393,6 +398,28 @@ def test_the_history_is_searched_favoured_and_cleared_with_undo(person: Visit, l
     expect(page.get_by_text("Nothing like that in the history.")).to_be_visible()
 
 
+def test_the_history_goes_on_as_one_scrolls(person: Visit, live: Live) -> None:
+    for seed in range(100, 500, 100):
+        live.events({"prompt": "a dog", "num_images": 16, "seed": seed})
+    wanted: list[str] = []
+    before = None
+    while before is not None or not wanted:
+        listed = live.state.history.search(before=before)
+        wanted += [it.id for it in listed.pictures]
+        before = listed.next
+    page = person.page
+    person.go("history")
+    items = page.locator(".gallery > li")
+    expect(page.locator(".history .status")).to_have_text("48+ pictures")
+    page.mouse.move(400, 400)
+    more = page.get_by_role("button", name="Show more")
+    while more.is_visible():
+        n = items.count()
+        page.mouse.wheel(0, 4000)
+        expect(items.nth(n)).to_be_attached()
+    assert [it.get_attribute("data-id") for it in items.all()] == wanted
+
+
 def test_a_dropped_png_restores_its_caption_and_settings(person: Visit, live: Live) -> None:
     settled = live.events({"prompt": "a dog", "num_images": 1, "seed": 77, "temperature": 0.5, "top_k": 9})[
         -1
@@ -432,7 +459,9 @@ def test_the_microscope_tells_a_cells_token_and_what_a_layer_sees(person: Visit,
     cells.nth(6).click()
     facts = page.locator(".token .facts")
     expect(facts).to_contain_text(f"Token{int(tokens[1, 2])}")
-    expect(facts).to_contain_text(re.compile(r"Probability[\d.]+ %Rank\d+ of 64Entropy[\d.]+ bits"))
+    expect(facts).to_contain_text(
+        re.compile(r"Probability[\w\d. ]+ %As it was drawn[\w\d. ]+ %Rank\d+ of 64Entropy[\d.]+ bits")
+    )
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowLeft")
     expect(page.get_by_role("heading", name="Row 3, column 2")).to_be_visible()

@@ -53,7 +53,10 @@ export async function* drawEvents(body, signal) {
   const decoder = new TextDecoder();
   let pending = "";
   for (;;) {
-    const { value, done } = await reader.read();
+    const { value, done } = await reader.read().catch((error) => {
+      if (error.name === "AbortError") throw error;
+      throw new ServerError({ message: "the connection to the server was lost" }, 0);
+    });
     pending += decoder.decode(value, { stream: !done });
     const blocks = pending.replaceAll("\r\n", "\n").split("\n\n");
     pending = blocks.pop();

@@ -117,7 +117,7 @@ export class Board {
     const side = n <= 4 ? 200 : n <= 8 ? 150 : n <= 18 ? 118 : n <= 36 ? 92 : n <= 64 ? 70 : n <= 144 ? 52 : 34;
     const most = Math.max(2, Math.min(n, Math.floor((width + GAP) / (Math.min(side, width / 2.4) + GAP))));
     let best = most;
-    for (let columns = most; columns >= Math.max(2, most * 0.6); columns -= 1) {
+    for (let columns = most; columns >= Math.max(2, most / 2); columns -= 1) {
       if (blanks(n, columns) < blanks(n, best)) best = columns;
     }
     this.element.style.setProperty("--columns", n === 1 ? 1 : best);

@@ -123,6 +123,7 @@ export class Easel {
 
   #settle(settled) {
     this.settled = settled;
+    this.entries = new Map(); // what is marked in a picture's dialog stays marked
     const n = settled.pictures.length;
     const canRerank = n > settled.kept && settled.pictures[0].score !== null;
     this.bestOf.hidden = !canRerank;
@@ -175,7 +176,9 @@ export class Easel {
   }
 
   #entry(picture) {
-    return { ...picture, caption: this.caption, recipe: this.settled.recipe, n: this.settled.pictures.length };
+    const { recipe, pictures } = this.settled;
+    if (!this.entries.has(picture.id)) this.entries.set(picture.id, { ...picture, caption: this.caption, recipe, n: pictures.length });
+    return this.entries.get(picture.id);
   }
 }
 

@@ -135,7 +135,7 @@ export class Microscope {
     const { grid } = this.data;
     const [row, column] = [Math.floor(at / grid), at % grid];
     const read = (name) => this.data[name]?.[row]?.[column] ?? null;
-    return { row, column, token: read("tokens"), p: read("probability"), rank: read("rank"), entropy: read("entropy_bits"), isGiven: Boolean(read("given")) };
+    return { row, column, token: read("tokens"), p: read("probability"), drawnP: read("drawn_probability"), rank: read("rank"), entropy: read("entropy_bits"), isGiven: Boolean(read("given")) };
   }
 
   #words(at) {
@@ -145,7 +145,7 @@ export class Microscope {
 
   #look(at) {
     this.cell = at;
-    const { row, column, token, p, rank, entropy, isGiven } = this.#at(at);
+    const { row, column, token, p, drawnP, rank, entropy, isGiven } = this.#at(at);
     for (const cell of this.cells.querySelectorAll(".cell")) {
       const isChosen = Number(cell.dataset.cell) === at;
       cell.setAttribute("aria-selected", String(isChosen));
@@ -161,6 +161,7 @@ export class Microscope {
       ["Entropy", bits(entropy)],
     ];
     if (isGiven) facts.push(["Origin", "given, not drawn"]);
+    else if (drawnP !== null) facts.splice(2, 0, ["As it was drawn", percent(drawnP)]); // under its guidance and temperature
     this.facts.replaceChildren(...facts.map(([name, value]) => h("div", {}, h("dt", { text: name }), h("dd", { text: value }))));
     this.#showMask();
   }

@@ -49,7 +49,7 @@ export class Settings {
       min,
       max: limit,
       step,
-      placeholder: name === "seed" ? "new" : (ownDefault ?? "off"),
+      placeholder: { num_images: "4", num_candidates: "as many", seed: "new" }[name] ?? ownDefault ?? "off",
       "aria-describedby": `${id}-hint`,
       disabled: name === "num_candidates" && !this.info.has_ranker,
       onchange: () => this.#changed(),

@@ -20,9 +20,13 @@ export class Sentence {
     });
   }
 
-  show(template, values = {}) {
+  show(template) {
     this.template = template;
-    this.values = Object.fromEntries(Object.entries(template.slots).map(([slot, words]) => [slot, values[slot] ?? words[0]]));
+    this.values = {};
+    for (const [slot, words] of Object.entries(template.slots)) {
+      const used = Object.values(this.values); // two slots with the same words begin with different ones
+      this.values[slot] = words.find((word) => !used.includes(word)) ?? words[0];
+    }
     this.compared = null;
     this.#render();
   }
