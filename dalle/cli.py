@@ -429,6 +429,7 @@ def serve(
 ) -> None:
     """Serve the page and an OpenAI-compatible images API until it is stopped."""
     _log_to_stderr()
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # one line for each damaged upload
     from dalle.config import override, validate
     from dalle.pipeline import DallePipeline
     from dalle.serving.app import create_app

@@ -49,7 +49,7 @@ def test_no_request_that_the_openapi_schema_suggests_or_forbids_is_a_5xx(live: L
 
     def send(case: Any) -> None:
         answer = case.call(base_url=live.url, timeout=60)
-        headers = {name.lower(): value for name, value in answer.headers.items()}
+        headers = {name.lower(): value[0] for name, value in answer.headers.items()}
         check(answer.status_code, headers, answer.content, case)
         counts[answer.status_code] += 1
 
@@ -186,6 +186,9 @@ def form(boundary: bytes, parts: list[tuple[bytes, bytes]]) -> bytes:
     )
 
 
+# Of a form that is cut off, Starlette leaves the last file for the garbage collector to close.
+@pytest.mark.filterwarnings("ignore:.*SpooledTemporaryFile.*:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:Unclosed file <tempfile.Spooled:ResourceWarning")
 def test_no_upload_is_a_5xx(live: Live) -> None:
     rng = random.Random(6)
     kind = {"content-type": "multipart/form-data; boundary=b"}
@@ -221,7 +224,7 @@ PATHS = [
     "/%2e%2e/%2e%2e/etc/passwd", "/static/../settings.py", "/static/%2e%2e%2fapp.py", "/static/..%5capp.py",
     "/api/pictures/..%2f..%2fhistory.sqlite", "/api/pictures/%00.png", "/api/pictures/" + "a" * 3000 + ".png",
     "/api/pictures/%ff.png", "/v1/models/..", "/v1/models/%F0%9F%92%A9", "/v1/images/files/..%2fx.png", "/api/runs/..%2f..",
-    "/api/runs/%2e%2e/sheets/0.png", "/api/runs/x/sheets/-1.png", "/api/history?limit=99999999999999999999", 
+    "/api/runs/%2e%2e/sheets/0.png", "/api/runs/x/sheets/-1.png", "/api/history?limit=99999999999999999999",
     "/api/history?before=x",
     "/api/history?query=%FF%FE", "/api/history?query=%00", "/api/codebook/-1.png", "/api/codebook/99999999999999999999999.png",
     "/api/masks/-1/0", "/api/masks/0/999999", "/api/masks/1e3/0", "/?key=" + "k" * 5000, "//", "/.", "/api/jobs/%00",
