@@ -80,7 +80,6 @@ export function toast(text, { action = null, onClose = null, kind = "note", seco
   );
   document.getElementById("toasts").append(element);
   const timer = setTimeout(() => close(false), seconds * 1000);
-  return { close };
 }
 
 export const isCalm = () => matchMedia("(prefers-reduced-motion: reduce)").matches;

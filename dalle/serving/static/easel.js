@@ -40,7 +40,6 @@ export class Easel {
     const controller = new AbortController();
     this.controller = controller;
     this.job = null;
-    this.request = request;
     this.error.hidden = true;
     this.bestOf.hidden = true;
     this.progress.hidden = false;
@@ -106,7 +105,6 @@ export class Easel {
     this.job = job;
     this.caption = caption;
     this.n = n;
-    this.grid = grid;
     this.board.begin(n, grid, caption);
     this.#say(n === 1 ? "Drawing 1 picture" : `Drawing ${n} candidates`);
     announce(`Drawing ${n} candidates`);

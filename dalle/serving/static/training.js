@@ -3,10 +3,16 @@
 import { get } from "./api.js";
 import { Chart } from "./chart.js";
 import { h, rove } from "./dom.js";
+import { capital } from "./easel.js";
 import { dateOf } from "./viewer.js";
 
 const POLL_MS = 4000;
 const NOT_CURVES = new Set(["step", "seconds", "n_non_finite", "resumed", "stage", "scale", "loss_over_ln_batch"]);
+const SHEETS = {
+  reconstructions: "pictures above, what the dVAE makes of their tokens below",
+  samples: "held-out pictures above, what their captions draw below",
+  retrieval: "pictures above, those that their captions find below",
+};
 const NAMES = {
   loss: "loss",
   psnr: "PSNR, dB",
@@ -199,7 +205,7 @@ export class Training {
     const text = `${kind} after ${step.toLocaleString()} updates`;
     this.sheet.alt = text;
     this.sheetSlider.setAttribute("aria-valuetext", text);
-    this.sheetText.textContent = `${text.charAt(0).toUpperCase()}${text.slice(1)}: the true pictures above, the model’s below.`;
+    this.sheetText.textContent = `${capital(text)}${SHEETS[kind] ? `: ${SHEETS[kind]}` : ""}.`;
   }
 
   #codes() {
