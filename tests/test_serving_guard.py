@@ -268,6 +268,20 @@ def test_too_many_requests_at_once_are_told_to_come_again_but_health_is_answered
         assert rejected._value.get() == 1
 
 
+def test_a_mistake_of_ours_is_a_500_with_an_id_and_nothing_of_its_inside(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(_: int) -> None:
+        raise RuntimeError("a secret of the inside")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(live.state.jobs, "reserve", wrong)
+        code, headers, body = live.request("POST", "/api/draw", {"prompt": "a dog"})
+    assert code == 500 and headers["x-request-id"] and headers["x-content-type-options"] == "nosniff"
+    assert json.loads(body)["error"]["code"] == "internal_error" and b"secret" not in body
+    assert live.events({"prompt": "a dog"})[-1][0] == "settled"
+
+
 def test_websockets_are_closed(live: Live) -> None:
     answer = raw(
         live,
@@ -285,6 +299,8 @@ def test_an_address_that_others_reach_needs_a_key() -> None:
         assert Settings(host=host, api_key="12345678").host == host
     for host in ("127.0.0.1", "localhost", "::1", "127.9.9.9"):
         assert is_loopback(host) and Settings(host=host).host == host
+    with pytest.raises(ValueError, match="no request for so many could ever be taken"):
+        Settings(max_slots=100)
     with pytest.raises(ValueError, match="at least 8"):
         Settings(api_key="short")
 

@@ -84,7 +84,7 @@ def hold(jobs: Jobs, pipe: GatedPipeline) -> tuple[Job, Recorder]:
 def test_slots_are_refused_above_either_limit_with_a_time_to_come_again(
     pipe: GatedPipeline, tmp_path: Path
 ) -> None:
-    jobs = make_jobs(pipe, tmp_path, max_queue=2, max_slots=10)
+    jobs = make_jobs(pipe, tmp_path, max_queue=2, max_slots=10, max_candidates=8)
     first = jobs.reserve(6)
     with pytest.raises(ServingError) as caught:
         jobs.reserve(5)
@@ -110,7 +110,9 @@ class Queue(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.jobs = make_jobs(self.pipe, self.folder, rows_per_batch=8, max_queue=6, max_slots=40)
+        self.jobs = make_jobs(
+            self.pipe, self.folder, rows_per_batch=8, max_queue=6, max_slots=40, max_candidates=20
+        )
         self.held: list[Reservation] = []
         self.live: dict[str, tuple[Job, Recorder]] = {}
         self.all: list[tuple[Job, Recorder]] = []
@@ -359,6 +361,21 @@ def test_a_history_that_cannot_be_written_fails_the_job_and_not_the_worker(
     with monkeypatch.context() as patch:
         patch.setattr(jobs._worker.history, "add", full)
         assert submit(jobs, pipe)[1].failed().status == 500
+    assert submit(jobs, pipe)[1].settled().pictures
+
+
+def test_a_listener_that_raises_harms_nobody_else(jobs: Jobs, pipe: GatedPipeline) -> None:
+    hold(jobs, pipe)
+    _, broken = submit(jobs, pipe, "a dog")
+    _, good = submit(jobs, pipe, "a red apple")
+
+    def raises(*_: Any) -> int:
+        raise RuntimeError("a listener's mistake")
+
+    broken.n_looked_at = raises  # type: ignore[method-assign]
+    pipe.gate.set()
+    assert good.settled().pictures
+    assert broken.failed().status == 500
     assert submit(jobs, pipe)[1].settled().pictures
 
 

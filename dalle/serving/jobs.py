@@ -261,8 +261,14 @@ class Jobs:
                 parts = self._take()
             for errand, future in errands:
                 _carry_out(errand, future)
-            if parts:
+            try:
                 self._worker.draw(parts)
+            except (
+                Exception
+            ) as error:  # a mistake of ours, or of a listener's: this batch ends, the thread does not
+                logger.exception("a batch could not be drawn")
+                for part in parts:
+                    self._worker.fail(part.job, error)
 
     def _take(self) -> list[Part]:
         """The candidates of the next batch, and turns to whose turn is next."""

@@ -54,6 +54,7 @@ class Server(uvicorn.Server):
         jobs.drain()
         ending = asyncio.ensure_future(asyncio.to_thread(_end, jobs, self._grace_s))
         await super().shutdown(sockets)
+        jobs.stop()  # nobody is left to wait for them; or somebody pressed Ctrl-C twice
         await ending
 
     @property

@@ -33,7 +33,7 @@ class Settings(Config):
     """What a server is started with.
 
     Raises:
-        ValueError: an address that others reach, without an API key.
+        ValueError: an address that others reach, without an API key; limits that exclude each other.
     """
 
     host: str = "127.0.0.1"
@@ -60,10 +60,15 @@ class Settings(Config):
     max_connections: Annotated[int, Field(ge=1)] = 512  # above: 503 at once
 
     @model_validator(mode="after")
-    def _needs_key(self) -> Settings:
+    def _fits(self) -> Settings:
         if self.api_key is None and not is_loopback(self.host):
             raise ValueError(
                 f"host {self.host} is open to other machines: set an API key (--api-key, or DALLE_API_KEY),"
                 " or listen on 127.0.0.1"
+            )
+        if self.max_slots < self.max_candidates:
+            raise ValueError(
+                f"max_slots is {self.max_slots}, max_candidates {self.max_candidates}: no request for so many could"
+                " ever be taken; make max_candidates smaller"
             )
         return self

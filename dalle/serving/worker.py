@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 GREY = 128  # where nothing is drawn yet
-PREVIEW_SHARE = 0.2  # of a batch's time that may go into showing it
+PREVIEW_SHARE = 0.3  # of a batch's time that may go into showing it
 
 
 class Worker:
@@ -70,7 +70,7 @@ class Worker:
                 self.draw([Part(part.job, part.first, half)])
                 self.draw([Part(part.job, part.first + half, part.n - half)])
             else:
-                self._fail(ready[0].job, error)
+                self.fail(ready[0].job, error)
 
     def _prepare(self, job: Job) -> bool:
         """What a job needs of the model before its first candidate; False where it is over, or just failed."""
@@ -86,10 +86,11 @@ class Worker:
             job.is_prepared = True
             return True
         except Exception as error:
-            self._fail(job, error)
+            self.fail(job, error)
             return False
 
-    def _fail(self, job: Job, error: Exception) -> None:
+    def fail(self, job: Job, error: Exception) -> None:
+        """Ends a job with an error; the log says which."""
         logger.error("job %s failed: %s", job.id, error, exc_info=error)
         is_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         told = ServingError(
@@ -179,7 +180,7 @@ class Worker:
             if len(job.candidates) == job.n_candidates:
                 self._settle(job)
         except Exception as error:
-            self._fail(job, error)
+            self.fail(job, error)
 
     def _settle(self, job: Job) -> None:
         """Ranks a job's candidates, stores them, and tells the client."""
