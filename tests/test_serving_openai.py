@@ -20,7 +20,8 @@ from tests.live import Live, gated_pipe, live_server
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    with live_server(tmp_path_factory.mktemp("data"), max_queue=4, max_candidates=40, max_images=6) as server:
+    limits = {"max_queue": 4, "max_candidates": 40, "max_images": 6, "max_body_bytes": 300_000}
+    with live_server(tmp_path_factory.mktemp("data"), **limits) as server:
         yield server
 
 
@@ -274,6 +275,28 @@ def test_an_edit_at_fault_is_told_why(client: openai.OpenAI, fields: dict[str, A
     with pytest.raises(openai.BadRequestError) as caught:
         edit(client, **fields)
     assert caught.value.param == param
+
+
+def test_the_client_hears_of_a_body_too_large_and_of_another_sites_page(client: openai.OpenAI) -> None:
+    for send in (
+        lambda: edit(client, image=b"\x89PNG" + bytes(400_000)),
+        lambda: client.images.generate(prompt="a" * 400_000),
+    ):
+        with pytest.raises(openai.APIStatusError) as caught:
+            send()
+        assert (caught.value.status_code, caught.value.code) == (413, "body_too_large")
+    with pytest.raises(openai.PermissionDeniedError) as denied:
+        client.images.generate(prompt="a dog", extra_headers={"origin": "https://evil.example"})
+    assert denied.value.code == "origin_not_allowed"
+
+
+def test_a_deadline_is_a_503_that_says_when_to_come_again(tmp_path: Any) -> None:
+    with live_server(tmp_path, gated_pipe(with_ranker=False), deadline_s=1e-6) as live:
+        with openai.OpenAI(base_url=f"{live.url}/v1", api_key="x", max_retries=0) as client:
+            with pytest.raises(openai.InternalServerError) as caught:
+                client.images.generate(prompt="a dog")
+    assert (caught.value.status_code, caught.value.code) == (503, "deadline_exceeded")
+    assert int(caught.value.response.headers["retry-after"]) >= 1
 
 
 def test_a_full_queue_is_a_503_that_the_client_retries_when_it_is_told_to(
