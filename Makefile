@@ -34,6 +34,7 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(PY) benchmarks/decode.py
+	$(PY) benchmarks/serve.py
 
 # Other people's samplers, in an environment of their own: about 1.5 GB, and most of an hour.
 race: $(STAMP)

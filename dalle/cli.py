@@ -433,15 +433,16 @@ def serve(
     from dalle.config import override, validate
     from dalle.pipeline import DallePipeline
     from dalle.serving.app import create_app
-    from dalle.serving.server import Server
+    from dalle.serving.server import Server, listen
     from dalle.serving.settings import Settings
 
     given = {"host": host, "port": port, "api_key": api_key, "data_dir": data_dir, "runs": runs}
     given |= {"templates": templates, "allowed_hosts": tuple(allow_host or ())}
     tree = override({key: value for key, value in given.items() if value is not None}, settings or [])
-    chosen = validate(Settings, tree, "serve")  # before the model is loaded
+    chosen = validate(Settings, tree, "serve")
+    place = listen(chosen)  # a wrong setting and a port in use are told before the model is loaded
     pipe = DallePipeline.from_pretrained(model, dtype=dtype, device=_device(device), native=native)
-    Server(create_app(chosen, pipe), chosen).run()
+    Server(create_app(chosen, pipe), chosen).run(sockets=[place])
 
 
 DEFAULT_TEMPLATES = ("a {}", "a picture of a {}", "a drawing of a {}")  # of `classify`

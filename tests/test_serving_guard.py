@@ -313,6 +313,9 @@ def test_the_command_line_says_so_in_one_line(capsys: pytest.CaptureFixture[str]
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="max_queues is not a setting; did you mean max_queue"):
         cli(["serve", "--set", "max_queues=3"], standalone_mode=False)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        with pytest.raises(ValueError, match=r"cannot listen on 127\.0\.0\.1, port \d+ \(.*in use\): choose"):
+            cli(["serve", "--port", str(taken.getsockname()[1])], standalone_mode=False)
 
 
 def test_ready_and_metrics_tell_what_happens(live: Live) -> None:

@@ -16,6 +16,19 @@ from dalle.serving.state import State
 logger = logging.getLogger(__name__)
 
 AFTER_GRACE_S = 5  # for the streams to say goodbye
+BACKLOG = 2048  # connections that wait for the event loop
+
+
+def listen(settings: Settings) -> socket.socket:
+    """The socket of a server; ValueError where it cannot have that address."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        reason = (error.strerror or "refused").partition(" (")[0]
+        raise ValueError(
+            f"cannot listen on {settings.host}, port {settings.port} ({reason}): choose another --port or --host"
+        ) from None
 
 
 class Server(uvicorn.Server):
