@@ -182,7 +182,7 @@ def test_signed_addresses_cannot_be_made_up_or_prolonged() -> None:
         path.replace("AbC", "AbD"),
         path.replace("~64~", "~99~"),
         path.replace("png", "webp"),
-        path[:-5] + "A.png",
+        path[:-5] + ("B" if path[-5] == "A" else "A") + ".png",
         path + "\n",
         path.replace("files/", "files/../"),
         path.replace("4600", "٤٦٠٠"),
