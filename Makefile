@@ -14,10 +14,13 @@ override DALLE_PROMPT := $(value PROMPT)
 export DALLE_PROMPT
 unexport PROMPT
 
-.PHONY: draw test check bench race clean FORCE
+.PHONY: draw serve test check bench race clean FORCE
 
 draw: $(STAMP)
 	$(VENV)/bin/dalle generate --out out -- "$$DALLE_PROMPT"
+
+serve: $(STAMP)
+	$(VENV)/bin/dalle serve
 
 test: $(STAMP)
 	OMP_NUM_THREADS=$(TEST_THREADS) $(PY) -m pytest tests -q
@@ -31,6 +34,7 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(PY) benchmarks/decode.py
+	$(PY) benchmarks/serve.py
 
 # Other people's samplers, in an environment of their own: about 1.5 GB, and most of an hour.
 race: $(STAMP)

@@ -42,9 +42,9 @@ def load_preset(name: str) -> dict[str, Any]:
     """
     presets = _presets()
     if name in presets:
-        return _read_toml(presets[name], f"preset {name}")
+        return read_toml(presets[name], f"preset {name}")
     if name.endswith(".toml"):
-        return _read_toml(Path(name), name)
+        return read_toml(Path(name), name)
     near = difflib.get_close_matches(name, presets, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     known = ", ".join(presets) or "none"
@@ -120,7 +120,8 @@ def _preset_folder() -> Traversable:
     return resources.files("dalle") / "presets"
 
 
-def _read_toml(file: Traversable, source: str) -> dict[str, Any]:
+def read_toml(file: Traversable, source: str) -> dict[str, Any]:
+    """Read a TOML file's tree; ValueError, one line that begins with `source`, when it is missing or not TOML."""
     try:
         text = file.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:

@@ -393,7 +393,7 @@ class DiscreteVAE(nn.Module):
         low, high = (int(tokens.min()), int(tokens.max())) if tokens.numel() else (0, 0)
         if not 0 <= low <= high < n_codes:
             raise ValueError(f"tokens range from {low} to {high}; this dVAE has codes 0 to {n_codes - 1}")
-        return self._pixels(self.decoder.from_tokens(tokens))
+        return self.pixels(self.decoder.from_tokens(tokens))
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """Encode images (B, 3, H, W) in [0, 1] to hard tokens and decode them again."""
@@ -424,7 +424,7 @@ class DiscreteVAE(nn.Module):
             reconstruction = self._reconstruction(images.float(), out.float())
             n_cells, n_subpixels = latents.shape[-1] * latents.shape[-2], images[0].numel()
             total = reconstruction + kl_weight * kl * n_cells / n_subpixels
-            mse = F.mse_loss(self._pixels(out.detach()), images.float())
+            mse = F.mse_loss(self.pixels(out.detach()), images.float())
             perplexity = torch.exp(torch.special.entr(code_use).sum())
         metrics = {"reconstruction": reconstruction, "kl": kl, "mse": mse, "perplexity": perplexity}
         return total, {name: value.detach() for name, value in metrics.items()}
@@ -460,5 +460,6 @@ class DiscreteVAE(nn.Module):
         return error.square().mean() + L1_WEIGHT * error.abs().mean()
 
     @staticmethod
-    def _pixels(out: Tensor) -> Tensor:
+    def pixels(out: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] of what the decoder gives, (B, 6, H, W)."""
         return unmap_pixels(torch.sigmoid(out[:, :3].float()))  # ln b plays no part (App. A.3)

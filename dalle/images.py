@@ -56,6 +56,13 @@ def open_mask(source: Source, max_pixels: int = MAX_PIXELS) -> Image.Image:
         return to_mask(ImageOps.exif_transpose(image))
 
 
+def has_transparency(source: Source, max_pixels: int = MAX_PIXELS) -> bool:
+    """Whether a picture file can be clear somewhere, by its header; errors as `open_image`."""
+    name = _name(source)
+    with _opened(source, name, FORMATS, max_pixels) as image:
+        return bool(image.has_transparency_data)
+
+
 def to_mask(image: Image.Image) -> Image.Image:
     """Return what a picture marks, 255 of an 8-bit grey picture: what is fully transparent, as in OpenAI's API.
 
@@ -293,22 +300,31 @@ def save_png(image: Image.Image, path: str | Path, recipe: Mapping[str, Any] | N
 
     ValueError when the recipe is not JSON or too long, or when `path` is not a file that can be replaced.
     """
+    try:
+        png = to_png(image, recipe)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    weights.write_bytes(path, png)
+
+
+def to_png(image: Image.Image, recipe: Mapping[str, Any] | None) -> bytes:
+    """Return what `save_png` writes; ValueError when the recipe is not JSON or too long."""
     chunks = PngImagePlugin.PngInfo()
     chunks.add_text("Software", f"dalle {__version__}")
     if recipe is not None:
         try:
             recipe_json = json.dumps(dict(recipe), allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: recipe cannot be stored as JSON ({error})") from error
+            raise ValueError(f"recipe cannot be stored as JSON ({error})") from error
         if len(recipe_json) > MAX_RECIPE:
             raise ValueError(
-                f"{path}: recipe has {len(recipe_json)} characters; at most {MAX_RECIPE}: shorten captions"
+                f"recipe has {len(recipe_json)} characters; at most {MAX_RECIPE}: shorten captions"
             )
         chunks.add_text("parameters", parameters(recipe, image.size))
         chunks.add_text("dalle", recipe_json)
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", pnginfo=chunks)
-    weights.write_bytes(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def read_recipe(source: Source) -> dict[str, Any]:

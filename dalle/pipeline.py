@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from dalle import __version__
 from dalle.config import validate
 from dalle.dvae import DiscreteVAE
-from dalle.generation.completion import completion_of
+from dalle.generation.completion import complete, region_to_draw
 from dalle.generation.engine import ROWS_PER_BATCH, Engine, plan_batches
 from dalle.generation.options import GenerationOptions
 from dalle.generation.precision import (
@@ -36,15 +36,19 @@ from dalle.generation.precision import (
 )
 from dalle.generation.recipe import (
     MAX_THREADS,
+    BatchPlan,
     Completion,
     Recipe,
     Truncation,
     Versions,
     batch_plans,
+    caption_at,
+    count_pictures,
+    options_in_batch,
     place_in_batch,
     tokens_sha256,
 )
-from dalle.generation.request import count_images, count_seeds, read_captions, read_options
+from dalle.generation.request import Request, count_images, count_seeds, read_captions, read_options
 from dalle.generation.rerank import CHUNK, Ranker, best_first
 from dalle.images import center_crop, to_images, to_tensor
 from dalle.model_folder import check_fit, model_folder, one_line, read_index, write_index
@@ -305,20 +309,30 @@ class DallePipeline:
         Raises:
             ValueError: an argument outside what is allowed, or a caption too long.
         """
-        captions = read_captions(prompt)
         ranker = self.ranker if ranker is None else ranker
-        n_candidates = count_images(num_images_per_prompt, num_candidates, ranker is not None)
-        n_rows = len(captions) * n_candidates
         if output_type not in ("pil", "tokens"):
             raise ValueError(f'output_type is {output_type!r}; allowed are "pil" and "tokens"')
-        seeds = count_seeds(seed, n_rows)
-        options = read_options(self.defaults, temperature, top_k, top_p, guidance)
-        completion = self._completion(image, keep_rows, mask)
-        text, truncations = self._read(captions, truncate)
-        vectors = (
-            None if ranker is None else ranker.encode_captions(captions, truncate)
-        )  # refuses before drawing
-        plan = plan_batches(len(captions), n_candidates, rows_per_batch)
+        requests = self.prepare(
+            prompt,
+            num_images_per_prompt=num_images_per_prompt,
+            num_candidates=num_candidates,
+            seed=seed,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            guidance=guidance,
+            image=image,
+            keep_rows=keep_rows,
+            mask=mask,
+            truncate=truncate,
+            ranker=ranker,
+        )
+        captions = [one.caption for one in requests]
+        seeds = [seed for one in requests for seed in one.seeds]
+        n_rows, n_candidates = len(seeds), len(requests[0].seeds)
+        completion = self.completion(requests[0])
+        vectors = None if ranker is None else ranker.encode_captions(captions, truncate)
+        plan = plan_batches([n_candidates] * len(captions), rows_per_batch)
         n_done, n_total = 0, len(plan) * self.transformer.config.grid_size
         n_total += 0 if ranker is None else len(captions) * math.ceil(n_candidates / CHUNK)
         is_stopped = False
@@ -343,12 +357,12 @@ class DallePipeline:
             tokens = self._draw(
                 self.transformer,
                 (self.dtype, self.is_native),
-                text,
+                torch.stack([one.text for one in requests]),
                 seeds,
-                options,
-                completion,
-                on_row_end,
-                rows_per_batch,
+                requests[0].options,
+                known=None if completion is None else torch.tensor(completion.known),
+                on_row_end=on_row_end,
+                rows_per_batch=rows_per_batch,
             )
         finished = [row for row in range(n_rows) if int(tokens[row].min()) >= 0]
         kept: dict[int, tuple[float | None, int | None]] = dict.fromkeys(finished, (None, None))
@@ -356,32 +370,18 @@ class DallePipeline:
             kept = self._rank(ranker, vectors, tokens, finished, num_images_per_prompt, advance)
         with threads(n_threads):
             pictures = tuple(self._decode(tokens[[*kept]])) if output_type == "pil" else ()
-        versions = Versions(dalle=__version__, torch=str(torch.__version__), python=platform.python_version())
         plans = batch_plans(plan, captions, seeds, rows_per_batch)
-        caption_of = [row * len(captions) // n_rows for row in range(n_rows)]
         recipes = [
-            Recipe(
-                caption=captions[caption_of[row]],
-                seed=seeds[row],
-                index=row,
-                options=options,
-                batch=plans[row],
-                completion=completion,
-                truncate=truncate,
-                truncation=truncations[caption_of[row]],
-                tokens_sha256=tokens_sha256(tokens[row]),
-                dtype=dtype_name(self.dtype),
-                device=self.device.type,
-                threads=n_threads,
-                native=self.is_native,
-                versions=versions,
-                model=self.name,
-                model_sha256=self.model_sha256,
-                score=score,
-                rank=rank,
-                ranker=None if ranker is None else ranker.name,
-                ranker_sha256=None if ranker is None else ranker.sha256,
-            ).model_dump(mode="json")
+            self.recipe(
+                requests[row // n_candidates],
+                row % n_candidates,
+                plans[row],
+                completion,
+                tokens[row],
+                n_threads,
+                (score, rank),
+                ranker,
+            )
             for row, (score, rank) in kept.items()
         ]
         scores = tuple(score for score, _ in kept.values() if score is not None)
@@ -390,10 +390,150 @@ class DallePipeline:
             scores=None if ranker is None else scores,
             seeds=tuple(seeds[row] for row in kept),
             tokens=tokens[[*kept]],
-            captions=tuple(captions[caption_of[row]] for row in kept),
+            captions=tuple(captions[row // n_candidates] for row in kept),
             recipes=tuple(recipes),
             is_stopped=is_stopped,
         )
+
+    def prepare(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        num_images_per_prompt: int = 1,
+        num_candidates: int | None = None,
+        seed: int | None = 0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance: float | None = None,
+        image: Image.Image | None = None,
+        keep_rows: int | None = None,
+        mask: Image.Image | None = None,
+        truncate: bool = False,
+        ranker: Ranker | None = None,
+    ) -> list[Request]:
+        """Checks what a call asks for and reads its captions, one request for each; no model is run.
+
+        Args:
+            ranker: what will choose among the candidates; None: nothing.
+            prompt, ...: as in a call.
+
+        Raises:
+            ValueError: as a call.
+        """
+        captions = read_captions(prompt)
+        n = count_images(num_images_per_prompt, num_candidates, ranker is not None)
+        seeds = count_seeds(seed, len(captions) * n)
+        options = read_options(self.defaults, temperature, top_k, top_p, guidance)
+        picture, region = self._read_picture(image, keep_rows, mask)
+        text, truncations = self._read(captions, truncate)
+        if ranker is not None:
+            ranker.read(captions, truncate)  # its own tokenizer may find one too long
+        return [
+            Request(
+                caption=caption,
+                text=text[i],
+                n_images=num_images_per_prompt,
+                seeds=tuple(seeds[i * n : (i + 1) * n]),
+                first=i * n,
+                options=options,
+                truncate=truncate,
+                truncation=truncations[i],
+                picture=picture,
+                region=region,
+                keep_rows=keep_rows,
+            )
+            for i, caption in enumerate(captions)
+        ]
+
+    def completion(self, request: Request) -> Completion | None:
+        """Encodes the picture that a request completes, and says which of its tokens stay; None without one."""
+        if request.picture is None or request.region is None:
+            return None
+        with torch.no_grad():
+            pixels = request.picture[None].to(next(self.dvae.parameters()).device)  # (1, 3, H, W)
+            tokens = self.dvae.encode(pixels)[0].cpu()  # (G, G)
+        return complete(tokens, request.region, request.keep_rows)
+
+    def recipe(
+        self,
+        request: Request,
+        candidate: int,
+        batch: BatchPlan,
+        completion: Completion | None,
+        tokens: Tensor,
+        n_threads: int,
+        scored: tuple[float | None, int | None] = (None, None),
+        ranker: Ranker | None = None,
+    ) -> dict[str, object]:
+        """The recipe, JSON-ready, of a request's candidate with tokens (G, G): what `rerun` takes."""
+        return Recipe(
+            caption=request.caption,
+            seed=request.seeds[candidate],
+            index=request.first + candidate,
+            options=request.options,
+            batch=batch,
+            completion=completion,
+            truncate=request.truncate,
+            truncation=request.truncation,
+            tokens_sha256=tokens_sha256(tokens),
+            dtype=dtype_name(self.dtype),
+            device=self.device.type,
+            threads=n_threads,
+            native=self.is_native,
+            versions=Versions(
+                dalle=__version__, torch=str(torch.__version__), python=platform.python_version()
+            ),
+            model=self.name,
+            model_sha256=self.model_sha256,
+            score=scored[0],
+            rank=scored[1],
+            ranker=None if ranker is None else ranker.name,
+            ranker_sha256=None if ranker is None else ranker.sha256,
+        ).model_dump(mode="json")
+
+    def draw_batch(
+        self,
+        requests: Sequence[Request],
+        seeds: Sequence[Sequence[int]],
+        completions: Sequence[Completion | None],
+        on_row_end: Callable[[int, Tensor], bool | None],
+        n_threads: int,
+    ) -> Tensor:
+        """Draws candidates of several requests side by side, `seeds` of each -> tokens (R, G, G), -1 where stopped.
+
+        In float32 each picture has the tokens that a call for it alone gives.
+
+        Raises:
+            FloatingPointError: the transformer's logits hold NaN.
+        """
+        n_tokens = self.transformer.config.grid_size**2
+        known = [
+            torch.full((n_tokens,), -1) if one is None else torch.tensor(one.known) for one in completions
+        ]
+        counts = [len(one) for one in seeds]
+        with threads(n_threads):
+            return self._draw(
+                self.transformer,
+                (self.dtype, self.is_native),
+                torch.stack([request.text for request in requests]),
+                [seed for one in seeds for seed in one],
+                [request.options for request, n in zip(requests, counts, strict=True) for _ in range(n)],
+                known=torch.stack(known).repeat_interleave(torch.tensor(counts), dim=0),
+                n_pictures=counts,
+                on_row_end=on_row_end,
+                rows_per_batch=sum(counts),
+            )
+
+    def preview(self, tokens: Tensor, n_rows: int) -> Tensor:
+        """What the first `n_rows` grid rows of tokens (R, G, G) look like so far: (R, 3, n_rows * 8, W) in [0, 1]."""
+        with torch.no_grad():
+            out = self.dvae.decoder.from_tokens(tokens[:, :n_rows].to(next(self.dvae.parameters()).device))
+            return self.dvae.pixels(out).cpu()
+
+    def pixels(self, tokens: Tensor) -> Tensor:
+        """Pictures (R, 3, H, W) in [0, 1] of tokens (R, G, G), decoded one by one: none depends on its neighbours."""
+        return torch.cat([self._pixels(one[None]) for one in tokens]).cpu()
 
     def _rank(
         self,
@@ -438,9 +578,8 @@ class DallePipeline:
         transformer = self._transformer_in(held_dtype(dtype))
         batch, is_consistent = place_in_batch(plan)
         text, truncations = self._read(batch.captions, plan.truncate)
-        is_consistent &= (
-            truncations[batch.position * len(batch.captions) // len(batch.seeds)] == plan.truncation
-        )
+        is_consistent &= truncations[caption_at(batch)] == plan.truncation
+        completion = plan.completion
         n_rows = self.transformer.config.grid_size
 
         def on_row_end(row: int, _: Tensor) -> bool:
@@ -454,10 +593,11 @@ class DallePipeline:
                 (dtype, plan.native),
                 text,
                 batch.seeds,
-                plan.options,
-                plan.completion,
-                on_row_end,
-                len(batch.seeds),
+                options_in_batch(plan),
+                known=None if completion is None else torch.tensor(completion.known),
+                n_pictures=count_pictures(batch),
+                on_row_end=on_row_end,
+                rows_per_batch=len(batch.seeds),
             )
             drawn = tokens[batch.position]
             image = self._decode(drawn[None])[0]
@@ -481,28 +621,36 @@ class DallePipeline:
         arithmetic: tuple[torch.dtype, bool],
         text: Tensor,
         seeds: Sequence[int],
-        options: GenerationOptions,
-        completion: Completion | None,
-        on_row_end: Callable[[int, Tensor], bool] | None,
+        options: GenerationOptions | Sequence[GenerationOptions],
+        *,
+        known: Tensor | None,
+        on_row_end: Callable[[int, Tensor], bool | None] | None,
         rows_per_batch: int,
+        n_pictures: Sequence[int] | None = None,
     ) -> Tensor:
-        known = None if completion is None else torch.tensor(completion.known)
         dtype, is_native = arithmetic
         wanted = (transformer, dtype == torch.int8, is_native)
         if (self._engine.transformer, self._engine.is_int8, self._engine.is_native) != wanted:
             self._engine = Engine(transformer, is_int8=dtype == torch.int8, is_native=is_native)
         tokens = self._engine.generate(
-            text, seeds, options, known=known, on_row_end=on_row_end, rows_per_batch=rows_per_batch
+            text,
+            seeds,
+            options,
+            known=known,
+            n_pictures=n_pictures,
+            on_row_end=on_row_end,
+            rows_per_batch=rows_per_batch,
         )
         return tokens.cpu()  # (R, G, G)
 
-    def _completion(
+    def _read_picture(
         self, image: Image.Image | None, keep_rows: int | None, mask: Image.Image | None
-    ) -> Completion | None:
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The picture to complete, (3, H, W), and which of its cells are drawn anew, (G, G); None without one."""
+        grid = self.dvae.config.grid_size
         if image is None:
             if keep_rows is None and mask is None:
-                return None
-            grid = self.dvae.config.grid_size
+                return None, None
             raise ValueError(
                 f"image is missing; a completion needs image and either keep_rows (1..{grid}) or mask"
             )
@@ -511,12 +659,10 @@ class DallePipeline:
                 raise ValueError(
                     f"{name} is {given!r}; it must be a PIL image: open it with dalle.images.open_image"
                 )
+        region = region_to_draw(grid, keep_rows, mask)
         rgba = image.convert("RGBA")
         opaque = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-        pixels = to_tensor([center_crop(opaque, self.dvae.config.image_size)])  # (1, 3, H, W)
-        with torch.no_grad():
-            tokens = self.dvae.encode(pixels.to(next(self.dvae.parameters()).device))[0].cpu()  # (G, G)
-        return completion_of(tokens, keep_rows, mask)
+        return to_tensor([center_crop(opaque, self.dvae.config.image_size)])[0], region
 
     def _read(self, captions: Sequence[str], truncate: bool) -> tuple[Tensor, list[Truncation | None]]:
         """Token ids (B, T) int64 of the captions, and what was cut from each."""

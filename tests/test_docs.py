@@ -153,7 +153,7 @@ def test_every_command_in_the_documents_parses(page: Path) -> None:
 
 def test_the_readme_shows_the_main_commands() -> None:
     shown = {words[1] for words in command_lines(README, "dalle")}
-    assert {"generate", "train", "evaluate", "data"} <= shown
+    assert {"generate", "train", "evaluate", "data", "serve"} <= shown
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,37 @@ def test_guidance_of_one_is_no_guidance_and_zero_ignores_the_caption() -> None:
     assert torch.equal(unguided[0], unguided[1])
 
 
+@pytest.mark.parametrize("rows_per_batch", [64, 3, 2])
+def test_captions_with_different_numbers_of_pictures_equal_their_slow_twins(rows_per_batch: int) -> None:
+    transformer, text = build(), captions(3)
+    counts, options = [1, 4, 2], [GenerationOptions(guidance=2.5 if row % 2 else 1) for row in range(7)]
+    known = torch.stack([KNOWN_ROWS if row == 5 else torch.full((N_TOKENS,), -1) for row in range(7)])
+    drawn = Engine(transformer).generate(
+        text, [*range(7)], options, known=known, n_pictures=counts, rows_per_batch=rows_per_batch
+    )
+    caption_of = [0, 1, 1, 1, 1, 2, 2]
+    expected = [
+        slow_twin(transformer, text[caption_of[row]], row, options[row], KNOWN_ROWS if row == 5 else None)
+        for row in range(7)
+    ]
+    assert torch.equal(drawn, torch.stack(expected))
+
+
+@pytest.mark.parametrize("counts", [[1, 2], [1, 1, 2], [3, 0], [2, 2, -1]])
+def test_numbers_of_pictures_that_do_not_add_up_are_refused(counts: list[int]) -> None:
+    with pytest.raises(ValueError, match="3 seeds for 3 captions"):
+        Engine(build()).generate(captions(3), [0, 1, 2], n_pictures=counts)
+
+
+def test_batches_of_different_numbers_hold_every_row_once() -> None:
+    assert plan_batches([1, 2, 5, 1], 4) == [
+        Batch(range(0, 2), range(0, 3), (1, 2)),
+        Batch(range(2, 3), range(3, 7), (4,)),
+        Batch(range(2, 3), range(7, 8), (1,)),
+        Batch(range(3, 4), range(8, 9), (1,)),
+    ]
+
+
 def test_a_pictures_tokens_do_not_depend_on_its_neighbours_or_place() -> None:
     engine, text = Engine(build()), captions(3)
     together = engine.generate(text, [10, 11, 12, 13, 14, 15])
@@ -271,16 +302,16 @@ def test_logits_that_are_not_numbers_are_an_error() -> None:
 
 
 def test_batches_hold_whole_captions_or_parts_of_one() -> None:
-    assert plan_batches(5, 2, 4) == [
-        Batch(range(0, 2), range(0, 4)),
-        Batch(range(2, 4), range(4, 8)),
-        Batch(range(4, 5), range(8, 10)),
+    assert plan_batches([2] * 5, 4) == [
+        Batch(range(0, 2), range(0, 4), (2, 2)),
+        Batch(range(2, 4), range(4, 8), (2, 2)),
+        Batch(range(4, 5), range(8, 10), (2,)),
     ]
-    assert plan_batches(2, 3, 2) == [
-        Batch(range(0, 1), range(0, 2)),
-        Batch(range(0, 1), range(2, 3)),
-        Batch(range(1, 2), range(3, 5)),
-        Batch(range(1, 2), range(5, 6)),
+    assert plan_batches([3] * 2, 2) == [
+        Batch(range(0, 1), range(0, 2), (2,)),
+        Batch(range(0, 1), range(2, 3), (1,)),
+        Batch(range(1, 2), range(3, 5), (2,)),
+        Batch(range(1, 2), range(5, 6), (1,)),
     ]
 
 

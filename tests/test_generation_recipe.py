@@ -14,6 +14,9 @@ from dalle.generation.recipe import (
     Recipe,
     Versions,
     batch_plans,
+    caption_at,
+    count_pictures,
+    options_in_batch,
     place_in_batch,
     tokens_sha256,
 )
@@ -63,8 +66,37 @@ def test_a_batch_that_cannot_have_been_is_refused(update: dict[str, object]) -> 
         place_in_batch(RECIPE.model_copy(update={"batch": BATCH.model_copy(update=update)}))
 
 
+MIXED = BATCH.model_copy(update={"n_pictures": (1, 3), "guided": (1, 2, 3)})
+
+
+def test_a_batch_of_different_numbers_knows_whose_picture_is_whose() -> None:
+    assert count_pictures(BATCH) == [2, 2] and count_pictures(MIXED) == [1, 3]
+    owners = [caption_at(MIXED.model_copy(update={"position": position})) for position in range(4)]
+    assert owners == [0, 1, 1, 1]
+    for update in ({"n_pictures": (1, 2)}, {"n_pictures": (4,)}, {"guided": (4,)}):
+        with pytest.raises(ValueError, match="it was changed by hand"):
+            count_pictures(MIXED.model_copy(update=update))
+
+
+def test_the_same_pictures_of_a_batch_are_guided_again() -> None:
+    plain = RECIPE.options
+    assert options_in_batch(RECIPE) == [plain] * 4
+    guided = RECIPE.model_copy(update={"batch": MIXED, "options": plain.model_copy(update={"guidance": 5.0})})
+    assert [one.guidance for one in options_in_batch(guided)] == [1.0, 5.0, 5.0, 5.0]
+    unguided = RECIPE.model_copy(update={"batch": MIXED.model_copy(update={"guided": (0,)})})
+    assert [one.guidance != 1 for one in options_in_batch(unguided)] == [True, False, False, False]
+    assert place_in_batch(guided)[1], "position 2 is guided, and so is the recipe"
+    assert not place_in_batch(RECIPE.model_copy(update={"batch": MIXED}))[1]
+
+
+def test_a_recipe_of_an_older_dalle_is_read() -> None:
+    tree = RECIPE.model_dump(mode="json")
+    del tree["batch"]["n_pictures"], tree["batch"]["guided"]
+    assert validate(Recipe, tree, "recipe") == RECIPE
+
+
 def test_every_row_of_a_call_has_its_batch() -> None:
-    plans = batch_plans(plan_batches(3, 2, 4), ["a", "b", "c"], [0, 1, 2, 3, 4, 5], 4)
+    plans = batch_plans(plan_batches([2] * 3, 4), ["a", "b", "c"], [0, 1, 2, 3, 4, 5], 4)
     assert [plan.seeds[plan.position] for plan in plans] == [0, 1, 2, 3, 4, 5]
     assert [plan.captions for plan in plans] == [("a", "b")] * 4 + [("c",)] * 2
 

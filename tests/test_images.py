@@ -190,6 +190,14 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
     assert np.array_equal(np.asarray(opened), np.asarray(upright))
 
 
+def test_the_header_says_whether_a_picture_can_be_clear() -> None:
+    clear = Image.new("RGBA", (2, 2))
+    assert images.has_transparency(encoded(clear)) and images.has_transparency(encoded(clear, "WEBP"))
+    assert not images.has_transparency(encoded(noise(2, 2)))
+    with pytest.raises(ValueError, match="at most 3 are allowed"):
+        images.has_transparency(encoded(clear), max_pixels=3)
+
+
 def test_transparency_is_laid_on_white() -> None:
     half_red = encoded(Image.new("RGBA", (2, 2), (255, 0, 0, 128)))
     assert images.open_image(half_red).getpixel((0, 0)) == (255, 127, 127)
@@ -426,6 +434,11 @@ def test_recipe_round_trips_and_pixels_are_exact(tmp_path: Path) -> None:
         assert stored.info["Software"].startswith("dalle ")
         assert json.loads(stored.info["dalle"]) == RECIPE
     assert [file.name for file in tmp_path.iterdir()] == ["x.png"]
+
+
+def test_a_png_in_memory_is_the_one_on_disk(tmp_path: Path) -> None:
+    images.save_png(noise(8, 8), tmp_path / "a.png", RECIPE)
+    assert images.to_png(noise(8, 8), RECIPE) == (tmp_path / "a.png").read_bytes()
 
 
 def test_parameters_are_golden() -> None:

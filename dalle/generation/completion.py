@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -23,27 +24,39 @@ def completion_of(tokens: Tensor, keep_rows: int | None, mask: Image.Image | Non
     """What stays of a picture's tokens (G, G): its top rows, or what a mask leaves.
 
     Raises:
+        ValueError: as `region_to_draw`.
+    """
+    return complete(tokens, region_to_draw(len(tokens), keep_rows, mask), keep_rows)
+
+
+def complete(tokens: Tensor, region: Tensor, keep_rows: int | None) -> Completion:
+    """The completion that draws a region (G, G) bool of a picture's tokens (G, G) anew."""
+    known = torch.where(region, -1, tokens).flatten().tolist()
+    return Completion(keep_rows=keep_rows, known=tuple(known))
+
+
+def region_to_draw(grid: int, keep_rows: int | None, mask: Image.Image | None) -> Tensor:
+    """The cells to draw anew, (G, G) bool: all below `keep_rows`, or what a mask marks.
+
+    Raises:
         ValueError: not exactly one of the two, rows out of range, or a mask that leaves everything.
     """
-    grid = len(tokens)
     if mask is not None:
         if keep_rows is not None:
             raise ValueError("mask and keep_rows exclude each other: give one of them")
-        is_drawn = redrawn_cells(mask, grid)
-        if not is_drawn.any():
+        cells = redrawn_cells(mask, grid)
+        if not cells.any():
             raise ValueError(
                 "mask marks nothing to draw: make the region transparent, or white where it has no transparency"
             )
-    else:
-        if keep_rows is None:
-            raise ValueError(
-                f"keep_rows is missing; a completion needs image and either keep_rows (1..{grid}) or mask"
-            )
-        if not is_count(keep_rows) or keep_rows > grid:
-            raise ValueError(f"keep_rows is {keep_rows!r}; the model draws {grid} rows: choose 1..{grid}")
-        is_drawn = np.repeat(np.arange(grid)[:, None] >= keep_rows, grid, axis=1)
-    known = np.where(is_drawn, -1, tokens.numpy()).flatten().tolist()
-    return Completion(keep_rows=keep_rows, known=tuple(known))
+        return torch.from_numpy(cells)
+    if keep_rows is None:
+        raise ValueError(
+            f"keep_rows is missing; a completion needs image and either keep_rows (1..{grid}) or mask"
+        )
+    if not is_count(keep_rows) or keep_rows > grid:
+        raise ValueError(f"keep_rows is {keep_rows!r}; the model draws {grid} rows: choose 1..{grid}")
+    return (torch.arange(grid) >= keep_rows)[:, None].expand(grid, grid)
 
 
 def redrawn_cells(mask: Image.Image, grid: int) -> npt.NDArray[np.bool_]:

@@ -30,31 +30,39 @@ RowCallback = Callable[[int, Tensor], bool | None]
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures drawn side by side, the same number for each of `captions`; `rows` counts over the call."""
+    """Pictures drawn side by side, `n_pictures` for each of `captions`; `rows` counts over the call."""
 
     captions: range
     rows: range
+    n_pictures: tuple[int, ...]
 
 
-def plan_batches(n_captions: int, n_per_caption: int, rows_per_batch: int = ROWS_PER_BATCH) -> list[Batch]:
-    """Splits a call into batches of at most `rows_per_batch` rows: whole captions, or parts of one's rows."""
+def plan_batches(n_pictures: Sequence[int], rows_per_batch: int = ROWS_PER_BATCH) -> list[Batch]:
+    """Splits a call, with so many pictures of each caption, into batches of at most `rows_per_batch` rows.
+
+    A batch holds whole captions, or a part of one that has more.
+    """
     if not 1 <= rows_per_batch <= MAX_ROWS_PER_BATCH:
         raise ValueError(f"rows_per_batch is {rows_per_batch}; choose 1..{MAX_ROWS_PER_BATCH}")
-    if n_per_caption > rows_per_batch:
-        batches = []
-        for caption in range(n_captions):
-            end = (caption + 1) * n_per_caption
-            for start in range(caption * n_per_caption, end, rows_per_batch):
-                batches.append(
-                    Batch(range(caption, caption + 1), range(start, min(start + rows_per_batch, end)))
-                )
-        return batches
-    step = rows_per_batch // n_per_caption
-    return [
-        Batch(range(start, end), range(start * n_per_caption, end * n_per_caption))
-        for start in range(0, n_captions, step)
-        for end in [min(start + step, n_captions)]
-    ]
+    batches, first, start = (
+        list[Batch](),
+        0,
+        0,
+    )  # of the batch that is being filled: its first caption and row
+    for caption, n in enumerate(n_pictures):
+        end = start + sum(n_pictures[first:caption])  # where this caption begins
+        if end > start and end - start + n > rows_per_batch:
+            batches.append(Batch(range(first, caption), range(start, end), tuple(n_pictures[first:caption])))
+            first, start = caption, end
+        if n > rows_per_batch:
+            for row in range(start, start + n, rows_per_batch):
+                part = min(rows_per_batch, start + n - row)
+                batches.append(Batch(range(caption, caption + 1), range(row, row + part), (part,)))
+            first, start = caption + 1, start + n
+    if first < len(n_pictures):
+        left = tuple(n_pictures[first:])
+        batches.append(Batch(range(first, len(n_pictures)), range(start, start + sum(left)), left))
+    return batches
 
 
 class Engine:
@@ -86,10 +94,11 @@ class Engine:
         options: GenerationOptions | Sequence[GenerationOptions] | None = None,
         *,
         known: Tensor | None = None,
+        n_pictures: Sequence[int] | None = None,
         on_row_end: RowCallback | None = None,
         rows_per_batch: int = ROWS_PER_BATCH,
     ) -> Tensor:
-        """Draws len(seeds) / B pictures for each of B captions.
+        """Draws pictures for each of B captions.
 
         A picture's tokens depend on its caption, seed and options alone, not on its neighbours (in float32).
 
@@ -98,6 +107,7 @@ class Engine:
             seeds: one for each picture, those of the first caption first.
             options: for all, or one for each picture; the paper's sampling when None.
             known: (N,) int64, or (R, N), one a picture: tokens that it must have, -1 where they are to be drawn.
+            n_pictures: of each caption, at least 1; None: the same number, len(seeds) / B, of each.
             on_row_end: called after each finished grid row of a batch; returning True ends the run.
             rows_per_batch: the most pictures drawn side by side.
 
@@ -110,7 +120,8 @@ class Engine:
         """
         options = GenerationOptions() if options is None else options
         each = [options] * len(seeds) if isinstance(options, GenerationOptions) else list(options)
-        self._check(text, seeds, each, known)
+        counts = [len(seeds) // max(1, len(text))] * len(text) if n_pictures is None else list(n_pictures)
+        self._check(text, seeds, each, known, counts)
         grid, n_tokens = self.transformer.config.grid_size, self.transformer.config.grid_size**2
         text = text.to(next(self.transformer.parameters()).device)
         tokens = torch.full((len(seeds), n_tokens), -1, dtype=torch.int64, device=text.device)  # (R, N)
@@ -120,13 +131,15 @@ class Engine:
         def finish_row(row: int) -> bool:
             return on_row_end is not None and bool(on_row_end(row, tokens.clone().view(-1, grid, grid)))
 
-        for batch in plan_batches(len(text), len(seeds) // len(text), rows_per_batch):
+        for batch in plan_batches(counts, rows_per_batch):
             rows = slice(batch.rows.start, batch.rows.stop)
             noise = torch.stack([uniforms(seeds[row], n_tokens) for row in batch.rows])  # (rows, N)
             if text.device.type != "mps":  # no float64 there: sampling moves one column at a time
                 noise = noise.to(text.device)
             captions = text[batch.captions.start : batch.captions.stop]
-            if self._draw_(tokens[rows], captions, noise, forced[rows], each[rows], finish_row):
+            if self._draw_(
+                tokens[rows], captions, noise, forced[rows], each[rows], batch.n_pictures, finish_row
+            ):
                 break
         return tokens.view(-1, grid, grid)  # (R, G, G)
 
@@ -137,12 +150,12 @@ class Engine:
         noise: Tensor,
         known: Tensor,
         options: Sequence[GenerationOptions],
+        counts: Sequence[int],
         finish_row: Callable[[int], bool],
     ) -> bool:
         """Fills `tokens` (rows, N) in place; True when `finish_row` asked to stop."""
         grid = self.transformer.config.grid_size
-        n_pictures = [len(tokens) // len(text)] * len(text)
-        chooser = Chooser(options, tokens.device)
+        n_pictures, chooser = list(counts), Chooser(options, tokens.device)
         if chooser.guided:  # these pictures are read a second time, after the empty caption
             text = torch.cat([text, self.null_caption().to(text.device)])
             n_pictures.append(len(chooser.guided))
@@ -179,6 +192,7 @@ class Engine:
         seeds: Sequence[int],
         options: Sequence[GenerationOptions],
         known: Tensor | None,
+        counts: Sequence[int],
     ) -> None:
         config = self.transformer.config
         if text.ndim != 2 or text.shape[0] == 0 or text.shape[1] != config.n_text_tokens:
@@ -192,9 +206,10 @@ class Engine:
                 f"text holds ids {int(text.min())}..{int(text.max())}; the transformer knows 0..{n_ids - 1}:"
                 " use its own tokenizer"
             )
-        if not seeds or len(seeds) % len(text):
+        if len(counts) != len(text) or min(counts) < 1 or sum(counts) != len(seeds):
             raise ValueError(
-                f"{len(seeds)} seeds for {len(text)} captions; give each caption the same number, at least 1"
+                f"{len(seeds)} seeds for {len(text)} captions; give each caption the same number, at least 1,"
+                " or say with n_pictures how many each has"
             )
         if min(seeds) < 0 or max(seeds) > MAX_SEED:
             raise ValueError(

@@ -7,6 +7,7 @@ Shapes: G grid side, N = G * G image tokens.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -30,6 +31,12 @@ class BatchPlan(Config):
     ]  # those of the first caption first
     position: Annotated[int, Field(ge=0)]  # of this picture among `seeds`
     rows_per_batch: Annotated[int, Field(ge=1)] = ROWS_PER_BATCH  # the call's limit
+    # A server draws what several people asked for side by side. Then each caption has a number of pictures of its own
+    # (None: all the same), and some pictures are guided, which adds a row each (their places; None: all or none, as
+    # the recipe's options say). What the others asked for stays theirs: it is recorded as empty captions with seed 0,
+    # for what is in a row never changes its neighbours; only how many rows there are does.
+    n_pictures: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | None = None
+    guided: tuple[Annotated[int, Field(ge=0)], ...] | None = None
 
 
 class Completion(Config):
@@ -104,6 +111,39 @@ def batch_plans(
     ]
 
 
+def count_pictures(batch: BatchPlan) -> list[int]:
+    """How many pictures each caption of a batch has.
+
+    Raises:
+        ValueError: the batch plan is impossible.
+    """
+    n_seeds, n_captions = len(batch.seeds), len(batch.captions)
+    counts = [n_seeds // n_captions] * n_captions if batch.n_pictures is None else list(batch.n_pictures)
+    is_whole = len(counts) == n_captions and sum(counts) == n_seeds
+    if not is_whole or max(batch.position, *(batch.guided or (0,))) >= n_seeds:
+        raise ValueError(
+            f"recipe has {n_seeds} seeds for {n_captions} captions and position {batch.position};"
+            " it was changed by hand: take the one stored in the picture"
+        )
+    return counts
+
+
+def caption_at(batch: BatchPlan) -> int:
+    """Which caption of a batch the picture at its position has; ValueError as `count_pictures`."""
+    ends = itertools.accumulate(count_pictures(batch))
+    return next(caption for caption, end in enumerate(ends) if batch.position < end)
+
+
+def options_in_batch(recipe: Recipe) -> list[GenerationOptions]:
+    """The settings to draw each picture of the recipe's batch with: its own, guided where the batch's pictures were."""
+    batch, own = recipe.batch, recipe.options
+    if batch.guided is None:
+        return [own] * len(batch.seeds)
+    is_guided = own.guidance != 1
+    other = own.model_copy(update={"guidance": 1.0 if is_guided else 2.0})
+    return [own if (row in batch.guided) == is_guided else other for row in range(len(batch.seeds))]
+
+
 def place_in_batch(recipe: Recipe) -> tuple[BatchPlan, bool]:
     """The batch to draw again, with the recipe's caption and seed in place, and whether they were there.
 
@@ -111,13 +151,11 @@ def place_in_batch(recipe: Recipe) -> tuple[BatchPlan, bool]:
         ValueError: the batch plan is impossible.
     """
     batch = recipe.batch
-    if len(batch.seeds) % len(batch.captions) or batch.position >= len(batch.seeds):
-        raise ValueError(
-            f"recipe has {len(batch.seeds)} seeds for {len(batch.captions)} captions and position"
-            f" {batch.position}; it was changed by hand: take the one stored in the picture"
-        )
-    caption = batch.position * len(batch.captions) // len(batch.seeds)
+    caption = caption_at(batch)
     is_consistent = batch.captions[caption] == recipe.caption and batch.seeds[batch.position] == recipe.seed
+    is_consistent &= batch.guided is None or (batch.position in batch.guided) == (
+        recipe.options.guidance != 1
+    )
     captions, seeds = list(batch.captions), list(batch.seeds)
     captions[caption], seeds[batch.position] = recipe.caption, recipe.seed
     return batch.model_copy(update={"captions": tuple(captions), "seeds": tuple(seeds)}), is_consistent

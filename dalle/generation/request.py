@@ -4,12 +4,33 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
 
 from dalle.config import validate
 from dalle.generation.options import GenerationOptions
+from dalle.generation.recipe import Truncation
 from dalle.generation.sampling import MAX_SEED
 
 MAX_RANDOM_SEED = 2**32  # a random seed stays short enough to be typed
+
+
+@dataclass(frozen=True, eq=False)  # tensors do not compare to one answer
+class Request:
+    """What is to be drawn of one caption, all of it checked: what is left to do needs the model."""
+
+    caption: str
+    text: Tensor  # (T,) int64, its padded tokens
+    n_images: int  # candidates to keep
+    seeds: tuple[int, ...]  # one for each candidate
+    first: int  # index of the first candidate in its call
+    options: GenerationOptions
+    truncate: bool  # the call allowed captions to be cut
+    truncation: Truncation | None  # this caption was
+    picture: Tensor | None = None  # (3, H, W) in [0, 1], to complete
+    region: Tensor | None = None  # (G, G) bool, its cells to draw anew
+    keep_rows: int | None = None  # grid rows kept from the top, where the region is all below
 
 
 def read_captions(prompt: str | Sequence[str]) -> list[str]:

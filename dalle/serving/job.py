@@ -1,0 +1,178 @@
+"""A job: the candidates of one request on their way through the queue, and what its client is told.
+
+Shapes: R candidates, G grid side, N = G * G image tokens.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from PIL import Image
+from torch import Tensor
+
+from dalle.generation.recipe import BatchPlan, Completion
+from dalle.generation.request import Request
+
+
+class ServingError(Exception):
+    """A failure that a client is told of, in OpenAI's envelope.
+
+    Args:
+        status: HTTP status.
+        kind: the envelope's `type`.
+        code: machine-readable reason.
+        param: the field at fault.
+        retry_after_s: seconds until it is worth trying again.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        code: str | None = None,
+        param: str | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.kind, self.code, self.param = status, message, kind, code, param
+        self.retry_after_s = retry_after_s
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        """The envelope."""
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ServingError:
+    """A 400: what the client sent is at fault."""
+    return ServingError(400, message, param=param, code=code)
+
+
+# --- What a client is told, in this order -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Queued:
+    """The job waits behind so many others."""
+
+    position: int
+
+
+@dataclass(frozen=True)
+class Started:
+    """The first candidates are being drawn."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A grid row of a batch's candidates is drawn."""
+
+    row: int  # from 0
+    first: int  # candidate that the batch begins with
+    images: tuple[Image.Image, ...]  # so far, grey where nothing is drawn
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A finished candidate."""
+
+    index: int  # among the job's candidates
+    seed: int
+    score: float | None  # by CLIP
+    rank: int  # 0 is best
+    kept: bool
+    image: Image.Image
+    png: bytes  # with the recipe in it
+    recipe: dict[str, object]
+    picture_id: str  # in the history
+
+
+@dataclass(frozen=True)
+class Settled:
+    """All candidates are drawn and ranked; those in the history, best first."""
+
+    pictures: tuple[Drawn, ...]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The job ended without pictures."""
+
+    error: ServingError
+
+
+Event = Queued | Started | Row | Settled | Failed
+
+
+class Listener(Protocol):
+    """Where a job's events go; called from the worker's thread, so it must return at once."""
+
+    def n_looked_at(self, row: int, first: int, n: int, is_late: bool) -> int:
+        """Of how many of the `n` candidates from `first` on a preview is wanted now: others cost nothing.
+
+        `is_late`: previews had their share of the time; only those that were counted on should be made.
+        """
+
+    def tell(self, event: Event) -> None:
+        """Takes an event in."""
+
+
+# --- A job's state ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A drawn candidate that waits for the others of its job."""
+
+    tokens: Tensor  # (G, G) int64
+    image: Image.Image
+    score: float | None
+    batch: BatchPlan
+    n_threads: int
+
+
+@dataclass(eq=False)
+class Job:
+    """State of one request. The queue's lock guards `is_over` and `n_taken`; the rest is the worker's."""
+
+    request: Request
+    listener: Listener
+    deadline: float  # by time.monotonic()
+    keeps_candidates: bool  # in the history, those that lost too
+    caption_vector: Tensor | None = None  # (E,) of CLIP
+    completion: Completion | None = None
+    is_prepared: bool = False
+    id: str = field(default_factory=lambda: secrets.token_urlsafe(16))
+    accepted_at: float = field(default_factory=time.monotonic)
+    n_taken: int = 0  # candidates that a batch has taken
+    position: int | None = None  # as last told
+    candidates: list[Candidate] = field(default_factory=list)  # in order
+    is_over: bool = False
+
+    @property
+    def n_candidates(self) -> int:
+        """How many are to be drawn."""
+        return len(self.request.seeds)
+
+    @property
+    def n_waiting(self) -> int:
+        """How many no batch has taken yet."""
+        return self.n_candidates - self.n_taken
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of a job's candidates, in one batch."""
+
+    job: Job
+    first: int
+    n: int
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Theirs."""
+        return self.job.request.seeds[self.first : self.first + self.n]

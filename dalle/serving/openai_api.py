@@ -1,0 +1,376 @@
+"""OpenAI's Images API in front of our model: generations, edits (completion), models, and the files they point at.
+
+Source: the requests, answers and stream events of OpenAI's Python client (`openai.types.images_response`,
+`openai.types.image_gen_stream_event`, ...), which the tests run.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter
+from PIL import Image
+from pydantic import ValidationError
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import FormData, UploadFile
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+from dalle.generation.request import Request
+from dalle.images import has_transparency, open_image, to_png
+from dalle.pipeline import DallePipeline
+from dalle.serving.files import PREFIX, Format, Look, SignedFiles
+from dalle.serving.intake import accept, count_candidates, read_json, read_mask, read_picture, within
+from dalle.serving.job import (
+    Drawn,
+    Event,
+    Failed,
+    Job,
+    Row,
+    ServingError,
+    Settled,
+    bad_request,
+)
+from dalle.serving.mailbox import EventStream, Mailbox, outcome
+from dalle.serving.schema import EditRequest, GenerationRequest, ImageRequest, check, told
+from dalle.serving.state import State
+
+# Candidates drawn for each request, of which CLIP keeps the best n; more of them is what quality means here.
+CANDIDATES = {"low": 1, "medium": 8, "high": 32, "xhigh": 128, "max": 512}
+SAME_AS = {"auto": "medium", "standard": "medium", "hd": "high"}
+MAX_UPSCALE = 16  # 64 px -> 1024 px
+DEFAULT_COMPRESSION = 100
+OWNER = "dalle"
+
+
+def router(state: State, files: SignedFiles) -> APIRouter:
+    """The routes."""
+    routes, started_at = APIRouter(prefix="/v1"), int(time.time())
+
+    @routes.post("/images/generations", openapi_extra=_body("application/json", GenerationRequest))
+    async def generate(http: HttpRequest) -> Response:
+        wanted = check(GenerationRequest, await read_json(http, state))
+        order = Order.of(state, wanted)
+        return await answer(http, state, files, order, lambda: prepare(state, order))
+
+    @routes.post("/images/edits", openapi_extra=_edit_body())
+    async def edit(http: HttpRequest) -> Response:
+        if not http.headers.get("content-type", "").startswith("multipart/form-data"):
+            raise ServingError(
+                415, "an edit is multipart/form-data with image and prompt", code="unsupported_media_type"
+            )
+        reading = http.form(max_files=4, max_fields=64, max_part_size=256_000)
+        form: FormData = await within(state.settings.body_s, reading)
+        try:
+            wanted, image, mask = await read_edit(form)
+        finally:
+            await form.close()
+        order = Order.of(state, wanted, "image_edit")
+        return await answer(
+            http, state, files, order, lambda: prepare_edit(state, order, wanted.keep_rows, image, mask)
+        )
+
+    @routes.get("/models")
+    def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model(state.pipe, started_at)]}
+
+    @routes.get("/models/{model:path}")
+    def model(model: str) -> dict[str, Any]:
+        check_model(state.pipe, model)
+        return _model(state.pipe, started_at)
+
+    @routes.get("/images/files/{name}")
+    def file(name: str) -> Response:
+        found = files.read(PREFIX + name)
+        png = None if found is None else state.history.png(found[0])
+        if found is None or png is None:
+            raise ServingError(404, "there is no such picture, or its address has expired", code="not_found")
+        look, age = found[1], state.settings.url_s
+        headers = {"cache-control": f"private, max-age={age}"}
+        picture = open_image(png)
+        # A PNG at the model's own size goes out as it is, with its recipe inside.
+        data = png if look.format == "png" and look.side == picture.width else encode(picture, None, look)
+        return Response(data, media_type=f"image/{look.format}", headers=headers)
+
+    return routes
+
+
+@dataclass(frozen=True)
+class Order:
+    """A request of the API, checked as far as it does not concern the caption or a picture."""
+
+    wanted: ImageRequest
+    event: str  # what its stream events are called
+    n_images: int
+    n_candidates: int
+    look: Look
+    quality: str
+    gives_url: bool
+    is_stream: bool
+    n_partial: int
+
+    @classmethod
+    def of(cls, state: State, wanted: ImageRequest, event: str = "image_generation") -> Order:
+        """ServingErrors for a model that is not here, a size, a format or numbers that it does not give."""
+        if wanted.model is not None:
+            check_model(state.pipe, wanted.model)
+        n_images = 1 if wanted.n is None else wanted.n
+        quality = SAME_AS.get(wanted.quality or "auto", wanted.quality or "auto")
+        n_candidates = wanted.num_candidates
+        if n_candidates is None and state.pipe.ranker is not None:
+            n_candidates = min(
+                max(n_images, CANDIDATES[quality]), max(n_images, state.settings.max_candidates)
+            )
+        n = count_candidates(n_images, n_candidates, state, "n")
+        if wanted.partial_images and not wanted.stream:
+            raise bad_request("partial_images needs stream: true", "partial_images")
+        return cls(
+            wanted=wanted,
+            event=event,
+            n_images=n_images,
+            n_candidates=n,
+            look=read_look(wanted, state.pipe.dvae.config.image_size),
+            quality=quality,
+            gives_url=wanted.response_format == "url" and not wanted.stream,
+            is_stream=bool(wanted.stream),
+            n_partial=wanted.partial_images or 0,
+        )
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What every answer repeats."""
+        return {
+            "size": f"{self.look.side}x{self.look.side}",
+            "quality": self.quality,
+            "background": "opaque",
+            "output_format": self.look.format,
+        }
+
+
+def read_look(wanted: ImageRequest, native: int) -> Look:
+    """Size and format of what is handed out; ServingErrors for those that the model does not give."""
+    side = native
+    if wanted.size not in (None, "auto"):
+        sizes = {f"{native * times}x{native * times}": native * times for times in range(1, MAX_UPSCALE + 1)}
+        if wanted.size not in sizes:
+            raise bad_request(
+                f"size must be auto or a whole multiple of {native}x{native}, the model's own, up to"
+                f" {native * MAX_UPSCALE}x{native * MAX_UPSCALE}",
+                "size",
+                "invalid_value",
+            )
+        side = sizes[wanted.size]
+    kind: Format = wanted.output_format or "png"
+    if kind == "png" and wanted.output_compression not in (None, 100):
+        raise bad_request("output_compression is for jpeg and webp: PNG loses nothing", "output_compression")
+    compression = DEFAULT_COMPRESSION if wanted.output_compression is None else wanted.output_compression
+    return Look(side, kind, compression)
+
+
+def model_id(pipe: DallePipeline) -> str:
+    """The model's name for clients: never a path of this machine."""
+    return "dalle-bundled" if pipe.name == "bundled" else pipe.name.rstrip("/").rpartition("/")[2] or "dalle"
+
+
+def check_model(pipe: DallePipeline, name: str) -> None:
+    """A 404 `model_not_found` for another model than the one served; "dalle" is whichever that is."""
+    if name not in ("dalle", model_id(pipe)):
+        raise ServingError(
+            404,
+            f"this server has no such model; it serves {model_id(pipe)}",
+            code="model_not_found",
+            param="model",
+        )
+
+
+def _model(pipe: DallePipeline, created: int) -> dict[str, Any]:
+    return {"id": model_id(pipe), "object": "model", "created": created, "owned_by": OWNER}
+
+
+# --- What the model is to draw ------------------------------------------------------------------------------
+
+
+def prepare(
+    state: State,
+    order: Order,
+    image: Image.Image | None = None,
+    keep_rows: int | None = None,
+    mask: Image.Image | None = None,
+) -> Request:
+    """Checks an order's caption and settings against the model; ValueErrors are its client's."""
+    wanted = order.wanted
+    [request] = state.pipe.prepare(
+        wanted.prompt,
+        num_images_per_prompt=order.n_images,
+        num_candidates=order.n_candidates,
+        seed=wanted.seed,
+        temperature=wanted.temperature,
+        top_k=wanted.top_k,
+        top_p=wanted.top_p,
+        guidance=wanted.guidance_scale,
+        image=image,
+        keep_rows=keep_rows,
+        mask=mask,
+        truncate=bool(wanted.truncate),
+        ranker=state.pipe.ranker,
+    )
+    return request
+
+
+def prepare_edit(
+    state: State, order: Order, keep_rows: int | None, image: bytes, mask: bytes | None
+) -> Request:
+    """As `prepare`, of an uploaded picture: what its mask leaves clear is drawn anew, else what it leaves clear itself."""
+    picture, hole = read_picture(image, "image", state), None
+    if mask is not None:
+        hole = read_mask(mask, "mask", state)
+        if hole.size != picture.size:
+            raise bad_request(
+                f"mask is {hole.width}x{hole.height}, the image {picture.width}x{picture.height}: make them equal",
+                "mask",
+                "invalid_value",
+            )
+    elif keep_rows is None:
+        if not has_transparency(image, state.settings.max_pixels):
+            raise bad_request(
+                "a mask says which part is drawn anew: send mask, or keep_rows, or an image with a clear part",
+                "mask",
+                "missing_required_parameter",
+            )
+        hole = read_mask(image, "image", state)
+    return prepare(state, order, picture, keep_rows, hole)
+
+
+async def read_edit(form: FormData) -> tuple[EditRequest, bytes, bytes | None]:
+    """Fields, image and mask of a form; text fields are read as what they mean."""
+    tree, uploads = dict[str, str](), dict[str, bytes]()
+    for name, value in form.multi_items():
+        name = name.removesuffix("[]")
+        if name in tree or name in uploads:
+            shown = ascii(name)[1:-1][:64]
+            raise bad_request(f"{shown} is given twice: one is taken", shown, "duplicate_parameter")
+        if isinstance(value, UploadFile):
+            if name not in ("image", "mask"):
+                raise bad_request(
+                    "only image and mask are files", ascii(name)[1:-1][:64], "unknown_parameter"
+                )
+            uploads[name] = await value.read()
+        else:
+            tree[name] = value
+    for name in ("image", "mask"):
+        if name in tree:
+            raise bad_request(f"{name} must be a file", name, "invalid_type")
+    if "image" not in uploads:
+        raise bad_request("image is missing", "image", "missing_required_parameter")
+    try:
+        wanted = EditRequest.model_validate(tree, strict=False)  # a form holds nothing but text
+    except ValidationError as error:
+        raise told(error) from None
+    return wanted, uploads["image"], uploads.get("mask")
+
+
+# --- Answers ------------------------------------------------------------------------------------------------
+
+
+async def answer(
+    http: HttpRequest, state: State, files: SignedFiles, order: Order, prepare: Callable[[], Request]
+) -> Response:
+    """Queues an order, and streams or waits."""
+    n_rows = state.pipe.transformer.config.grid_size
+    rows = [round(n_rows * (i + 1) / (order.n_partial + 1)) - 1 for i in range(order.n_partial)]
+    mailbox = Mailbox(rows, n_shown=1)
+    job = await accept(state, order.n_candidates, mailbox, prepare, keeps_candidates=False)
+    headers = {"x-dalle-job": job.id, "x-dalle-truncated": str(job.request.truncation is not None).lower()}
+    writer = Writer(state, files, order, job, str(http.base_url).rstrip("/"))
+    if order.is_stream:
+        return EventStream(state.jobs, job, mailbox, writer.write, headers)
+    event = await outcome(mailbox, http.receive, state.jobs, job)
+    if event is None:  # nobody is there to read this
+        return Response(status_code=400)
+    if isinstance(event, Failed):
+        raise event.error
+    return JSONResponse(await run_in_threadpool(writer.response, event), headers=headers)
+
+
+class Writer:
+    """Turns a job's events into OpenAI's."""
+
+    def __init__(self, state: State, files: SignedFiles, order: Order, job: Job, base_url: str) -> None:
+        self._files, self._order, self._request, self._base_url = files, order, job.request, base_url
+        config = state.pipe.transformer.config
+        n_known = 0 if job.request.region is None else int((~job.request.region).sum())
+        n_text = state.pipe.tokenizer.count(job.request.caption)
+        if job.request.truncation is not None:
+            n_text = job.request.truncation.n_kept
+        n_drawn = (config.grid_size**2 - n_known) * job.n_candidates
+        self._usage = {
+            "input_tokens": n_text + n_known,
+            "input_tokens_details": {"text_tokens": n_text, "image_tokens": n_known},
+            "output_tokens": n_drawn,
+            "output_tokens_details": {"text_tokens": 0, "image_tokens": n_drawn},
+            "total_tokens": n_text + n_known + n_drawn,
+        }
+        self._n_partial = 0
+
+    def response(self, event: Settled) -> dict[str, Any]:
+        """The whole answer of a request without stream."""
+        return {
+            "created": int(time.time()),
+            "data": [self._datum(one) for one in event.pictures],
+            **self._order.facts,
+            "usage": self._usage,
+            "truncated": self._request.truncation is not None,
+        }
+
+    def write(self, event: Event) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Name and JSON of the stream events of a job's event."""
+        created, facts = {"created_at": int(time.time())}, self._order.facts
+        match event:
+            case Row(_, 0, images) if self._n_partial < self._order.n_partial:
+                name, index = f"{self._order.event}.partial_image", self._n_partial
+                self._n_partial += 1
+                data = base64.b64encode(encode(images[0], None, self._order.look)).decode("ascii")
+                yield name, {"type": name, "b64_json": data, "partial_image_index": index} | created | facts
+            case Settled(pictures):
+                name = f"{self._order.event}.completed"
+                for one in pictures:
+                    yield name, {"type": name, **self._datum(one), **created, **facts, "usage": self._usage}
+            case Failed(error):
+                yield "", error.body()  # an event without a name: OpenAI's client raises its APIError
+
+    def _datum(self, one: Drawn) -> dict[str, Any]:
+        about: dict[str, Any] = {"revised_prompt": None, "seed": one.seed, "score": one.score}
+        if self._order.gives_url:
+            path = self._files.path(one.picture_id, self._order.look)
+            return {"url": self._base_url + path, "b64_json": None, **about}
+        data = encode(one.image, one.recipe, self._order.look)
+        return {"b64_json": base64.b64encode(data).decode("ascii"), "url": None, **about}
+
+
+def encode(image: Image.Image, recipe: Mapping[str, Any] | None, look: Look) -> bytes:
+    """A picture as it is handed out, enlarged where that was asked for; a PNG holds its recipe."""
+    if image.width != look.side:
+        image = image.resize((look.side, look.side), Image.Resampling.LANCZOS)
+    if look.format == "png":
+        return to_png(image, recipe)
+    buffer = io.BytesIO()
+    image.save(buffer, format=look.format.upper(), quality=look.compression)
+    return buffer.getvalue()
+
+
+def _body(kind: str, schema: type[ImageRequest]) -> dict[str, Any]:
+    return {"requestBody": {"required": True, "content": {kind: {"schema": schema.model_json_schema()}}}}
+
+
+def _edit_body() -> dict[str, Any]:
+    extra = _body("multipart/form-data", EditRequest)
+    schema = extra["requestBody"]["content"]["multipart/form-data"]["schema"]
+    for name in ("image", "mask"):
+        schema["properties"][name] = {"type": "string", "format": "binary"}
+    schema["required"] = ["image", "prompt"]
+    return extra

@@ -1,0 +1,148 @@
+"""What clients may send, strictly: OpenAI's image requests with our extensions, and the page's.
+
+Source: the request types of OpenAI's Python client (`openai.types`); extensions are named as vLLM-Omni's.
+A field that asks for what a small model cannot give is refused; one that changes nothing here is taken and ignored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import Field, ValidationError
+
+from dalle.config import Config
+from dalle.generation.sampling import MAX_SEED
+from dalle.serving.job import ServingError, bad_request
+
+MAX_PROMPT = 32_000  # characters, OpenAI's limit; how many tokens the model reads is checked later
+
+Prompt = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT)]
+Count = Annotated[int, Field(ge=1, le=4096)]  # the server's own limits are tighter
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+Temperature = Annotated[float, Field(ge=0.0, le=100.0)]
+TopK = Annotated[int, Field(ge=0, le=2**16)]  # 0: all
+TopP = Annotated[float, Field(gt=0.0, le=1.0)]
+Guidance = Annotated[float, Field(ge=0.0, le=100.0)]
+Ignored = Annotated[str, Field(max_length=1000)] | None
+
+
+class DrawRequest(Config):
+    """Body of `POST /api/draw`."""
+
+    prompt: Prompt
+    num_images: Count = 4
+    num_candidates: Count | None = None
+    seed: Seed | None = None
+    temperature: Temperature | None = None
+    top_k: TopK | None = None
+    top_p: TopP | None = None
+    guidance: Guidance | None = None
+    image: str | None = None  # base64 of a PNG, JPEG or WebP
+    keep_rows: Count | None = None
+    mask: str | None = None  # base64 of a PNG
+    truncate: bool = False
+
+
+class ImageRequest(Config):
+    """What generations and edits have in common."""
+
+    prompt: Prompt
+    model: Annotated[str, Field(max_length=500)] | None = None
+    n: Count | None = None
+    size: Annotated[str, Field(max_length=20)] | None = None  # WxH or auto
+    quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] | None = None
+    response_format: Literal["url", "b64_json"] | None = None
+    output_format: Literal["png", "jpeg", "webp"] | None = None
+    output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
+    background: Literal["auto", "opaque"] | None = None  # the dVAE knows no transparency
+    stream: bool | None = None
+    partial_images: Annotated[int, Field(ge=0, le=3)] | None = None
+    # ours
+    seed: Seed | None = None
+    temperature: Temperature | None = None
+    top_k: TopK | None = None
+    top_p: TopP | None = None
+    guidance_scale: Guidance | None = None
+    num_candidates: Count | None = None
+    truncate: bool | None = None
+    # taken and ignored: nothing here depends on them
+    user: Ignored = None
+    safety_identifier: Ignored = None
+    moderation: Literal["auto", "low"] | None = None
+
+
+class GenerationRequest(ImageRequest):
+    """Body of `POST /v1/images/generations`."""
+
+    style: Literal["vivid", "natural"] | None = None  # ignored
+
+
+class EditRequest(ImageRequest):
+    """Text fields of `POST /v1/images/edits`."""
+
+    keep_rows: Count | None = None  # ours: in place of a mask
+    input_fidelity: Literal["low", "high"] | None = None  # ignored
+
+
+R = TypeVar("R", bound=Config)
+
+
+def parse_json(body: bytes) -> Any:
+    """Reads JSON as RFC 8259 has it; a ServingError for NaN, a key given twice, and anything else that is none."""
+    try:
+        return json.loads(body.decode("utf-8"), parse_constant=_refuse, object_pairs_hook=_unique)
+    except UnicodeDecodeError:
+        raise bad_request("the body is not UTF-8", code="invalid_json") from None
+    except RecursionError:
+        raise bad_request("the body is nested too deeply", code="invalid_json") from None
+    except ValueError as error:
+        raise bad_request(
+            f"the body is not JSON: {' '.join(str(error).split())[:200]}", code="invalid_json"
+        ) from None
+
+
+def check(schema: type[R], tree: Any) -> R:
+    """The record of a tree; a ServingError that names the first field at fault."""
+    if not isinstance(tree, dict):
+        raise bad_request("the body must be a JSON object", code="invalid_type")
+    try:
+        return schema.model_validate(tree)
+    except ValidationError as error:
+        raise told(error) from None
+
+
+def told(error: ValidationError) -> ServingError:
+    """What pydantic found, for a client: the first field at fault, and never its value."""
+    return told_first(error.errors(include_url=False, include_input=False, include_context=False))
+
+
+def told_first(
+    details: Sequence[Any], ignored: Sequence[str] = ("body", "query", "path", "header")
+) -> ServingError:
+    """The same of pydantic's list of errors; FastAPI's begin with where the field was (`ignored`)."""
+    first = details[0]
+    names = [part for part in first["loc"] if part not in ignored]
+    # A client may have made the name up: shown, but short and printable.
+    shown = ascii(str(names[0]))[1:-1][:64] if names else None
+    if first["type"] == "extra_forbidden":
+        return bad_request(f"unknown parameter: {shown}", shown, "unknown_parameter")
+    if first["type"] == "missing":
+        return bad_request(f"{shown} is missing", shown, "missing_required_parameter")
+    kind = "invalid_type" if first["type"].endswith("_type") else "invalid_value"
+    reason = first["msg"].replace("Input should be", "must be").removeprefix("Value error, ")
+    return bad_request(reason if shown is None else f"{shown}: {reason}", shown, kind)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{ascii(twice)[:70]} is given twice")
+    return tree

@@ -1,0 +1,83 @@
+"""uvicorn around the application, and how it stops: accepted jobs end, or their clients are told."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from dalle.serving.settings import Settings
+from dalle.serving.state import State
+
+logger = logging.getLogger(__name__)
+
+AFTER_GRACE_S = 5  # for the streams to say goodbye
+BACKLOG = 2048  # connections that wait for the event loop
+
+
+def listen(settings: Settings) -> socket.socket:
+    """The socket of a server; ValueError where it cannot have that address."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        reason = (error.strerror or "refused").partition(" (")[0]
+        raise ValueError(
+            f"cannot listen on {settings.host}, port {settings.port} ({reason}): choose another --port or --host"
+        ) from None
+
+
+class Server(uvicorn.Server):
+    """Runs one application until SIGTERM or SIGINT; a second SIGINT does not wait."""
+
+    def __init__(self, app: FastAPI, settings: Settings) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=settings.host,
+                port=settings.port,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,  # nobody in front is trusted to say who asks
+                lifespan="on",
+                # The guard turns requests away first, and says when to come again; this is for sockets that say nothing.
+                limit_concurrency=2 * settings.max_connections + 64,
+                timeout_keep_alive=30,
+                timeout_graceful_shutdown=int(settings.grace_s) + AFTER_GRACE_S,
+                h11_max_incomplete_event_size=32_768,  # of a request's head
+            )
+        )
+        self.state: State = app.state.serving
+        self._grace_s = settings.grace_s
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listens, and says where."""
+        await super().startup(sockets)
+        if self.started:
+            logger.info("dalle serves on %s (stop it with Ctrl-C)", self.url)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Takes nothing more on, gives jobs their time, then ends them."""
+        jobs = self.state.jobs
+        jobs.drain()
+        ending = asyncio.ensure_future(asyncio.to_thread(_end, jobs, self._grace_s))
+        await super().shutdown(sockets)
+        jobs.stop()  # nobody is left to wait for them; or somebody pressed Ctrl-C twice
+        await ending
+
+    @property
+    def url(self) -> str:
+        """Where it listens, once it has started."""
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _end(jobs: Any, grace_s: float) -> None:
+    if not jobs.wait_idle(grace_s):
+        logger.warning("%d requests did not end within %g s: their clients are told", jobs.n_jobs, grace_s)
+    jobs.stop()

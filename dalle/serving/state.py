@@ -1,0 +1,20 @@
+"""What the routes of one server share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dalle.pipeline import DallePipeline
+from dalle.serving.history import History
+from dalle.serving.jobs import Jobs
+from dalle.serving.settings import Settings
+
+
+@dataclass(frozen=True)
+class State:
+    """One model, its queue, its pictures; each router is built from it."""
+
+    pipe: DallePipeline  # the worker draws with it: run what computes with `jobs.run`
+    jobs: Jobs
+    history: History
+    settings: Settings
