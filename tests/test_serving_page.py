@@ -70,9 +70,7 @@ def test_what_the_page_names_exists_and_comes_from_here() -> None:
             r'(?:src|href)="/static/([\w.]+)"', text
         )
         assert set(named) <= set(files), name
-        outside = set(re.findall(r"https?://[\w./-]+", text)) - {
-            "http://www.w3.org/2000/svg"
-        }
+        outside = set(re.findall(r"https?://[\w./-]+", text)) - {"http://www.w3.org/2000/svg"}
         assert outside == set(), name
 
 
