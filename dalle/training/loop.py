@@ -19,8 +19,10 @@ from dalle import images
 from dalle.training import checkpoint
 from dalle.training.log import RunLog
 from dalle.training.optim import OPTIMIZERS, MovingAverage, Plateau, learning_rate
+from dalle.training.precision import ResblockScaling
 from dalle.training.recipe import Optimization
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16_resblock": torch.float32}
 MAX_NON_FINITE = 20  # updates in a row whose loss or gradient is not finite before the run gives up
 LOG_EVERY = 10  # updates between rows of metrics.jsonl
 logger = logging.getLogger(__name__)
@@ -110,14 +112,18 @@ def train_stage(stage: Stage, run_folder: Path, dtype: torch.dtype, quiet: bool 
     """
     settings, model = stage.settings, stage.model
     root = run_folder / "checkpoints" / stage.name
+    dtype = DTYPES.get(settings.precision, dtype)
+    scaling = ResblockScaling(model) if settings.precision == "fp16_resblock" else None
     optimizer = OPTIMIZERS[settings.optimizer](model, settings)
-    average = MovingAverage(model, settings.average_decay)
+    average = MovingAverage(model, settings.average_decay, settings.average_on_cpu)
     plateau, progress = Plateau(), Progress()
     found = checkpoint.newest(root)
     if found is not None:
         state = checkpoint.restore(found, model, average, optimizer)
         plateau.restore(state["plateau"])
         progress = Progress(found.step, state["n_non_finite"], state["n_non_finite_in_a_row"])
+        if scaling is not None:
+            scaling.restore(state["scales"])
     with (
         RunLog(run_folder, stage.name, settings.steps, progress.step, quiet) as log,
         stop_signals() as signals,
@@ -127,7 +133,7 @@ def train_stage(stage: Stage, run_folder: Path, dtype: torch.dtype, quiet: bool 
             log.metrics(found.step, {"resumed": True})
         model.train()
         while progress.step < settings.steps:
-            loss, metrics = update(stage, optimizer, plateau, progress, dtype)
+            loss, metrics = update(stage, optimizer, plateau, progress, dtype, scaling)
             if progress.step % settings.average_every == 0:
                 average.update(model, progress.step // settings.average_every)
             n_pictures = settings.batch_size * settings.accumulation
@@ -142,6 +148,8 @@ def train_stage(stage: Stage, run_folder: Path, dtype: torch.dtype, quiet: bool 
             if is_due or is_asked_to_stop:
                 state = {"plateau": plateau.state(), "n_non_finite": progress.n_non_finite}
                 state["n_non_finite_in_a_row"] = progress.n_non_finite_in_a_row
+                if scaling is not None:
+                    state["scales"] = scaling.state()
                 checkpoint.save(root, progress.step, model, average, optimizer, state)
             if is_asked_to_stop:
                 raise Stopped(stage.name, progress.step, signals[0])
@@ -151,7 +159,12 @@ def train_stage(stage: Stage, run_folder: Path, dtype: torch.dtype, quiet: bool 
 
 
 def update(
-    stage: Stage, optimizer: torch.optim.Optimizer, plateau: Plateau, progress: Progress, dtype: torch.dtype
+    stage: Stage,
+    optimizer: torch.optim.Optimizer,
+    plateau: Plateau,
+    progress: Progress,
+    dtype: torch.dtype,
+    scaling: ResblockScaling | None = None,
 ) -> tuple[float, dict[str, float]]:
     """One update: accumulate, clip, step; a non-finite one is skipped and counted."""
     settings, step = stage.settings, progress.step
@@ -161,10 +174,13 @@ def update(
     optimizer.zero_grad(set_to_none=True)
     whole = stage if isinstance(stage, WholeBatchStage) else None
     total, sums = _accumulate(stage, step, dtype) if whole is None else whole.backward(step, dtype)
+    has_overflowed = scaling is not None and not scaling.unscale_()
     limit = settings.clip_norm or math.inf
     norm = float(torch.nn.utils.clip_grad_norm_(stage.model.parameters(), limit))
     progress.step += 1
-    if not (math.isfinite(total) and math.isfinite(norm)):
+    if has_overflowed and math.isfinite(total) and scaling is not None and scaling.can_back_off():
+        progress.n_non_finite += 1  # about one update in twenty is (App. E.2.2): its scales have moved
+    elif has_overflowed or not (math.isfinite(total) and math.isfinite(norm)):
         _skip(stage, progress)
     else:
         optimizer.step()
@@ -178,6 +194,7 @@ def update(
         "gradient_norm": norm,
         "learning_rate": rate,
         "n_non_finite": progress.n_non_finite,
+        **({} if scaling is None else scaling.figures()),
     }
 
 

@@ -24,7 +24,10 @@ class Optimization(Config):
     warmup_steps: int = Field(0, ge=0)  # linear, 0 -> peak
     decay: Literal["cosine", "plateau"] = "cosine"  # plateau: halved when the training loss stalls (App. B.2)
     decay_steps: int | None = Field(None, ge=1)  # None: until the last step
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the layers; the rest keep AdamW
+    # adamw16: the paper's, its variance clipped and its moments in 16 bits; muon: for the matrices of the layers.
+    optimizer: Literal["adamw", "adamw16", "muon"] = "adamw"
+    # auto: --dtype's; fp16_resblock: the paper's, a gradient scale for each resblock (`dalle.training.precision`)
+    precision: Literal["auto", "fp32", "bf16", "fp16_resblock"] = "auto"
     beta2: float = Field(0.999, gt=0, lt=1)
     weight_decay: float = Field(ge=0)  # matrices only: gains, biases and embeddings are not decayed
     clip_norm: float | None = Field(None, gt=0)
@@ -32,6 +35,7 @@ class Optimization(Config):
         ge=0, lt=1
     )  # exponential moving average of the weights: what the model ships
     average_every: int = Field(1, ge=1)  # updates
+    average_on_cpu: bool = False  # kept in main memory and moved while the device goes on (App. B.2)
     validate_every: int = Field(ge=1)  # updates
     checkpoint_every: int = Field(ge=1)  # updates
     sheet_every: int = Field(ge=1)  # updates between sample sheets
