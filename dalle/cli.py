@@ -462,6 +462,36 @@ def classify(
         print(f"{row['path']}  {row['label']}  {row['probability']:.3f}")
 
 
+@app.command()
+def plan(
+    preset: Annotated[str, typer.Option(help="tiny, laptop, gpu, paper, or a .toml file.")],
+    gpus: Annotated[int | None, typer.Option(help="Devices; several numbers of them if left out.")] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="h100, a100, v100 or cpu; the three GPUs if left out.")
+    ] = None,
+    mfu: Annotated[
+        float | None, typer.Option(help="Share of the GPU's peak that training reaches, 0..1.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="K=V", help="Override a setting.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a run will need before it is started: parameters, memory, FLOPs, tokens a second, days."""
+    _log_to_stderr(as_json)
+    from dalle.config import load_preset, override, validate
+    from dalle.training.plan import make_plan
+    from dalle.training.plan_table import lines
+    from dalle.training.recipe import Recipe
+
+    recipe = validate(Recipe, override(load_preset(preset), settings or []), preset)
+    made = make_plan(recipe, gpus, gpu, mfu)
+    if as_json:
+        _print_json(made.to_json())
+    else:
+        print("\n".join(lines(made)))
+
+
 @app.command(name="import")
 def import_checkpoint(
     kind: Annotated[str, typer.Argument(help="openai-dvae, openai-clip, hf-clip or open-clip.")],
