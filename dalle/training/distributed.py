@@ -1,0 +1,237 @@
+"""A model laid out over the processes of a run, from outside: the model files know nothing of it.
+
+one process -> DDP (each process holds all) -> FSDP2 (each holds a shard) -> a 2-D mesh (shards within a group of
+processes, usually a machine's, and a replica in every group): one config field. Source: DALL·E paper, §2.5 and
+App. E (parameters sharded over a machine's 8 GPUs, gradients averaged over machines); PyTorch's DDP and FSDP2.
+
+Each process computes on its own part of every micro-batch (`dalle.training.order.Order`) and its loss is the mean over
+that part, so the mean of the processes' gradients is the gradient of the whole micro-batch.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from dalle import weights
+from dalle.clip import CLIP, Bottleneck, ResidualAttentionBlock
+from dalle.config import Config
+from dalle.dvae import DiscreteVAE, LightBlock, PaperBlock
+from dalle.training.processes import World
+from dalle.transformer import Layer
+
+# What is sharded, recomputed and compiled one by one.
+BLOCKS = (Layer, ResidualAttentionBlock, Bottleneck, PaperBlock, LightBlock)
+# How the stages enter a model other than by calling it.
+ENTRANCES = {DiscreteVAE: ("loss", "encode", "decode"), CLIP: ("encode_image", "encode_text")}
+Result = TypeVar("Result")
+
+
+class DistributedConfig(Config):
+    """How a model is laid out over processes and within one; it decides speed and memory, not the weights."""
+
+    mode: Literal["ddp", "shard", "hybrid"] = "ddp"
+    # hybrid: processes that share one copy of the weights; None: those of one machine, as the launcher counts them.
+    shard_size: Annotated[int, Field(ge=1)] | None = None
+    checkpoint_blocks: bool = False  # recompute each block's activations in the backward pass (§2.4)
+    compile_blocks: bool = False  # torch.compile, block by block
+    async_checkpoints: bool = False  # write them while training goes on; costs their size in main memory
+
+    @model_validator(mode="after")
+    def _shard_size_is_of_hybrid(self) -> Self:
+        if self.shard_size is not None and self.mode != "hybrid":
+            raise ValueError(f"shard_size belongs to mode hybrid, and mode is {self.mode}")
+        return self
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a model, outermost ones only, in the order of the model."""
+    return [module for module in model.modules() if isinstance(module, BLOCKS)]
+
+
+class Layout:
+    """A model over the processes of a world; alone, it is the model and nothing else.
+
+    To be made before the optimizer: sharding replaces the parameters.
+    """
+
+    def __init__(
+        self, model: nn.Module, world: World = World(), config: DistributedConfig = DistributedConfig()
+    ) -> None:
+        self.model, self.world, self.config = model, world, config
+        self._kind: Any = type(model)  # FSDP2 gives the model another class
+        self.mesh: DeviceMesh | None = None
+        self.ddp: DistributedDataParallel | None = None
+        for block in blocks(model):
+            if config.compile_blocks:
+                block.forward = torch.compile(block.forward)
+            if config.checkpoint_blocks:  # outside the compiled part; keeps the state of dropout's generator
+                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        # FSDP2 cannot split a scalar, and a loss may reach it outside of DDP's forward: averaged by hand.
+        self.scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}
+        if world.size > 1 and config.mode == "ddp":
+            self.ddp = _replicated(model)
+        elif world.size > 1:
+            self.mesh = _mesh(world, config, next(model.parameters()).device)
+            _shard_(model, self.mesh, self.scalars)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a process holds a part of the weights only."""
+        return self.mesh is not None
+
+    def __call__(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """Call a function that runs the model forwards, where DDP can see it."""
+        result: Result = function(*arguments) if self.ddp is None else self.ddp(function, *arguments)
+        return result
+
+    @contextmanager
+    def micro_batch(self, is_last: bool) -> Iterator[None]:
+        """Around the forward and backward pass of one micro-batch: gradients are exchanged in the last one only.
+
+        Shards are an exception: they are summed at once within their group, for a whole gradient would not fit.
+        """
+        if self.ddp is not None and not is_last:
+            with self.ddp.no_sync():
+                yield
+            return
+        if self.mesh is not None and self.mesh.ndim == 2 and isinstance(self.model, FSDPModule):
+            self.model.set_requires_all_reduce(is_last)
+        yield
+
+    def finish_gradients(self) -> None:
+        """After the last micro-batch: average the gradients that neither DDP nor FSDP2 does."""
+        _average_(
+            [p.grad for p in self.model.parameters() if p in self.scalars and p.grad is not None], self.world
+        )
+
+    def average_buffers(self) -> None:
+        """Give all processes the mean of the model's running statistics, which each took from its own samples."""
+        _average_([buffer for buffer in self.model.buffers() if buffer.is_floating_point()], self.world)
+
+    def clip(self, limit: float) -> float:
+        """Scale the gradient so that its norm is `limit` at most; returns the norm before, of the whole gradient."""
+        if self.mesh is None:
+            return float(nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        shards = [gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)]
+        whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+        square = nn.utils.get_total_norm(shards) ** 2
+        dist.all_reduce(square, group=self.mesh.get_group("shard"))
+        norm = math.sqrt(float(square) + float(nn.utils.get_total_norm(whole)) ** 2)
+        factor = min(1.0, limit / (norm + 1e-6))  # as clip_grad_norm_
+        for gradient in (*shards, *whole):
+            gradient.mul_(factor)
+        return norm
+
+    def like(self, name: str, held: Tensor) -> Tensor:
+        """What this process holds of a tensor shaped as the state `name`, as the part of a whole that it is."""
+        own = self.model.state_dict()[name]
+        if not isinstance(own, DTensor) or isinstance(held, DTensor):
+            return held
+        return DTensor.from_local(
+            held.to(own.device),
+            own.device_mesh,
+            own.placements,
+            run_check=False,
+            shape=own.shape,
+            stride=own.stride(),
+        )
+
+    def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The whole of each of the model's state tensors, on the main process and its CPU; nothing on the others."""
+        if not self.is_sharded:
+            return tensors if self.world.is_main else {}
+        gathered = {}
+        for name, tensor in tensors.items():
+            part = self.like(name, tensor)
+            full = part.full_tensor() if isinstance(part, DTensor) else part
+            if self.world.is_main:
+                gathered[name] = full.detach().cpu()
+        return gathered
+
+    @contextmanager
+    def drawing(self, stage: Any, tensors: dict[str, Tensor]) -> Iterator[bool]:
+        """Let `stage` hold a model that one process can draw with: whether this is that process.
+
+        A model that is sharded is put together from `tensors`: the main process needs room for all of it.
+        """
+        if not self.is_sharded:
+            yield self.world.is_main
+            return
+        gathered, sharded = self.whole(tensors), stage.model
+        if not self.world.is_main:
+            yield False
+            return
+        with torch.device("meta"):  # no time spent on weights that are overwritten
+            stage.model = self._kind(sharded.config)
+        stage.model.to_empty(device=next(sharded.parameters()).device)
+        weights.load_strict(stage.model, gathered, stage.name)
+        stage.model.eval()
+        try:
+            yield True
+        finally:
+            stage.model = sharded
+
+
+class _Call(nn.Module):
+    """Runs any function of a model inside the forward pass that DDP watches."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(*arguments)
+
+
+def _replicated(model: nn.Module) -> DistributedDataParallel:
+    call = _Call(model)
+    scalars = [name for name, parameter in call.named_parameters() if parameter.ndim == 0]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(call, scalars)  # type: ignore[no-untyped-call]
+    return DistributedDataParallel(call, gradient_as_bucket_view=True)
+
+
+def _mesh(world: World, config: DistributedConfig, device: torch.device) -> DeviceMesh:
+    if config.mode == "shard":
+        return init_device_mesh(device.type, (world.size,), mesh_dim_names=("shard",))
+    size = config.shard_size or world.local_size
+    if size is None:
+        raise ValueError(
+            "distributed.mode hybrid: the launcher does not say how many processes a machine has: set shard_size"
+        )
+    if world.size % size:
+        raise ValueError(f"distributed.shard_size is {size}, which does not divide {world.size} processes")
+    names = ("replicate", "shard")
+    return init_device_mesh(device.type, (world.size // size, size), mesh_dim_names=names)
+
+
+def _shard_(model: nn.Module, mesh: DeviceMesh, scalars: set[nn.Parameter]) -> None:
+    """Split each block's parameters over the mesh, then all others; forwards and backwards gather the next in time."""
+    for block in blocks(model):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh, ignored_params=scalars)
+    for kind, names in ENTRANCES.items():
+        for name in names if isinstance(model, kind) else ():
+            register_fsdp_forward_method(model, name)
+
+
+def _average_(tensors: list[Tensor], world: World) -> None:
+    if world.size == 1 or not tensors:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    flat /= world.size
+    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(mean.view_as(tensor))

@@ -1,0 +1,29 @@
+"""Runs a function in several processes that are joined as `torchrun` would join them, over gloo on this machine."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch import multiprocessing
+
+from dalle.training.processes import World
+
+
+def spawn(n: int, function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
+    """What `function(world, *arguments)` returns in each of `n` processes; it must be of a module's top level."""
+    folder.mkdir(parents=True, exist_ok=True)
+    multiprocessing.spawn(_one, (n, str(folder), function, arguments), nprocs=n)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(n)]
+
+
+def _one(rank: int, n: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=n, store=dist.FileStore(f"{folder}/store", n))
+    result = function(World(rank, n), *arguments)
+    torch.save(result, f"{folder}/{rank}.pt")
+    dist.barrier()  # nobody leaves while another still talks to it
+    dist.destroy_process_group()

@@ -1,0 +1,132 @@
+"""Several processes train as one would: the same losses and weights, each from its own part of the data."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dalle.config import validate
+from dalle.data.pairs import Pair
+from dalle.generation.options import GenerationOptions
+from dalle.training import loop
+from dalle.training.distributed import DistributedConfig, Layout
+from dalle.training.loop import Progress
+from dalle.training.optim import OPTIMIZERS, MovingAverage, Plateau
+from dalle.training.processes import World
+from dalle.training.recipe import TransformerTraining
+from dalle.training.transformer import Sequences, TransformerStage
+from tests.spawned import spawn
+from tests.tiny import GRID, N_CODES, tiny_dvae, tiny_tokenizer, tiny_transformer
+
+N_PAIRS, UPDATES = 24, 4
+SETTINGS: dict[str, Any] = {
+    "steps": UPDATES,
+    "batch_size": 8,
+    "accumulation": 2,
+    "learning_rate": 3e-3,
+    "final_learning_rate": 1e-3,
+    "weight_decay": 0.05,
+    "clip_norm": 0.5,  # of gradients several times as long
+    "average_decay": 0.9,
+    "validate_every": 2,
+    "checkpoint_every": 2,
+    "sheet_every": 100,
+    "n_validation": 8,
+    "crop": "center",
+    "bpe_dropout": 0.1,
+    "caption_dropout": 0.2,
+    "token_noise": 0.2,
+}
+CASES: dict[str, dict[str, Any]] = {
+    "ddp": {"mode": "ddp"},
+    "shard": {"mode": "shard"},
+    "hybrid": {"mode": "hybrid", "shard_size": 2},
+    "ddp, recomputed": {"mode": "ddp", "checkpoint_blocks": True},
+    "shard, recomputed": {"mode": "shard", "checkpoint_blocks": True},
+}
+
+
+def transformer_stage(world: World, dtype: torch.dtype = torch.float64, **changes: Any) -> TransformerStage:
+    """The second stage on 24 captions and random tokens, in fp64."""
+    captions = [f"a {colour} {thing}" for colour in ("red", "blue", "green", "grey") for thing in "abcdef"]
+    tokenizer = tiny_tokenizer(captions)
+    pairs = [Pair(key=f"{i:02d}", captions=(caption,), split="train") for i, caption in enumerate(captions)]
+    tokens = np.random.default_rng(0).integers(N_CODES, size=(N_PAIRS, GRID, GRID)).astype(np.uint16)
+    sequences = Sequences(pairs, [tokens])
+    return TransformerStage(
+        tiny_transformer(tokenizer.n_vocab).to(dtype),
+        validate(TransformerTraining, SETTINGS | changes, "test"),
+        tokenizer,
+        tiny_dvae(),
+        sequences,
+        sequences,
+        seed=0,
+        balance=None,
+        sampling=GenerationOptions(),
+        world=world,
+    )
+
+
+def trained(
+    stage: Any, world: World, config: dict[str, Any], dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """Losses and norms of some updates, the weights and the average after them, what validation says."""
+    layout = Layout(stage.model, world, DistributedConfig(**config))
+    optimizer = OPTIMIZERS[stage.settings.optimizer](stage.model, stage.settings)
+    average = MovingAverage(stage.model, 0.9)
+    plateau, progress, seen = Plateau(), Progress(), []
+    for step in range(1, UPDATES + 1):
+        _, figures = loop.update(stage, optimizer, plateau, progress, dtype, None, layout)
+        seen.append(figures)
+        average.update(stage.model, step)
+    stage.model.eval()
+    with average.applied(stage.model), torch.no_grad():
+        validation = stage.validate()
+    stage.model.train()
+    return {
+        "figures": seen,
+        "weights": layout.whole(stage.model.state_dict()),
+        "average": layout.whole(average.tensors),
+        "validation": validation,
+    }
+
+
+def all_cases(world: World) -> dict[str, Any]:
+    cases = {name: case for name, case in CASES.items() if world.size > 2 or name != "hybrid"}
+    return {name: trained(transformer_stage(world), world, case) for name, case in cases.items()}
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of 2 or 4 processes saw in every case."""
+    return spawn(request.param, all_cases, tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    return trained(transformer_stage(World()), World(), {})
+
+
+def assert_equal(found: dict[str, Any], expected: dict[str, Any], tolerance: float) -> None:
+    for ours, theirs in zip(found["figures"], expected["figures"], strict=True):
+        assert ours == pytest.approx(theirs, rel=tolerance)
+    for part in ("weights", "average"):
+        assert found[part].keys() == expected[part].keys()
+        for name, tensor in expected[part].items():
+            torch.testing.assert_close(found[part][name], tensor, rtol=tolerance, atol=tolerance)
+    assert found["validation"] == pytest.approx(expected["validation"], rel=tolerance)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_processes_give_the_losses_and_weights_of_one(
+    name: str, runs: list[dict[str, Any]], alone: dict[str, Any]
+) -> None:
+    if name not in runs[0]:
+        pytest.skip("a mesh needs four processes")
+    assert alone["figures"][0]["gradient_norm"] > 2 * SETTINGS["clip_norm"]
+    assert_equal(runs[0][name], alone, 1e-10)
+    for other in runs[1:]:
+        assert other[name]["figures"] == runs[0][name]["figures"], "all processes agree"
