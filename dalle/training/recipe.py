@@ -13,6 +13,15 @@ from dalle.tokenizer import TokenizerConfig
 from dalle.transformer import TransformerConfig
 
 
+class Compression(Config):
+    """PowerSGD between replicas (§2.5, App. E): `dalle.training.compression` says how, and when it pays."""
+
+    rank: int = Field(ge=1)  # of what one process holds of a matrix; paper 112, which is 896 over 8 shards
+    error_feedback: bool = True
+    errors: Literal["fp32", "1-6-9"] = "fp32"  # how the error buffers are stored; paper 1-6-9
+    always: bool = False  # even where the factors are no smaller than the matrix
+
+
 class Optimization(Config):
     """Settings that every stage shares: length, batches, AdamW, averaging, and how often to look."""
 
@@ -28,6 +37,7 @@ class Optimization(Config):
     optimizer: Literal["adamw", "adamw16", "muon"] = "adamw"
     # auto: --dtype's; fp16_resblock: the paper's, a gradient scale for each resblock (`dalle.training.precision`)
     precision: Literal["auto", "fp32", "bf16", "fp16_resblock"] = "auto"
+    compression: Compression | None = None  # of gradients between replicas, where there are any
     beta2: float = Field(0.999, gt=0, lt=1)
     weight_decay: float = Field(ge=0)  # matrices only: gains, biases and embeddings are not decayed
     clip_norm: float | None = Field(None, gt=0)
