@@ -558,6 +558,50 @@ def inspect(
         print("\n".join(found.lines()))
 
 
+@data_app.command(name="filter")
+def filter_data(
+    data: Annotated[str, typer.Argument(help="Any data set that `dalle train` reads.")],
+    out: Annotated[Path, typer.Option(help="New folder; it names the pairs, and copies no picture.")],
+    against: Annotated[
+        list[str] | None, typer.Option(help="A further evaluation set, whose pictures train must not hold.")
+    ] = None,
+    ranker: Annotated[
+        str | None, typer.Option("--ranker", help="Compare by this CLIP, not by perceptual hashes.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="K=V",
+            help="min_words, languages, drop_boilerplate, max_aspect_ratio, drop_duplicates, similarity.",
+        ),
+    ] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """The paper's filters, and no training picture that an evaluation set holds: a data set that train reads."""
+    _log_to_stderr(as_json)
+    from dalle.config import override, validate
+    from dalle.data.filters import FilterSettings, filter_pairs
+    from dalle.data.pairs import read_pairs
+    from dalle.generation.rerank import Ranker
+    from dalle.model_folder import model_folder
+
+    chosen = validate(FilterSettings, override({}, settings or []), "filter")
+    judge = None if ranker is None else Ranker.from_pretrained(model_folder(ranker))
+    if judge is not None:
+        judge.clip.to(_device(device))
+    pairs = read_pairs(data)
+    others = [read_pairs(other) for other in against or []]
+    describe = None if judge is None else judge.describe
+    with _rows_bar("filtering", as_json) as progress:
+        found = filter_pairs(pairs, out, chosen, against=others, describe=describe, progress=progress)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        print("\n".join(found.lines()))
+
+
 @data_app.command()
 def emoji(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
