@@ -75,8 +75,8 @@ def hashes(pictures: Sequence[Image.Image]) -> Vectors:
     transform = _cosines()
     low = (transform @ grey @ transform.T).reshape(len(grey), -1)  # (n, 256)
     bits = low > np.median(low, axis=1, keepdims=True)
-    signs: Vectors = np.where(bits, np.float32(1), np.float32(-1)) / np.float32(HASH_BITS_SIDE)
-    return signs
+    signs = np.where(bits, 1, -1) / HASH_BITS_SIDE
+    return signs.astype(np.float32)
 
 
 @functools.cache
