@@ -91,6 +91,16 @@ def _device(name: str | None) -> Any:
     return device
 
 
+def _launched(device: str | None) -> tuple[Any, Any]:
+    """This process's place among those of a launcher such as torchrun, and its device; only the main one speaks."""
+    from dalle.training.processes import ALONE, device_of, world_of_launcher
+
+    world = world_of_launcher() or ALONE
+    if not world.is_main:
+        logging.disable(logging.WARNING)
+    return world, device_of(world, _device(device))
+
+
 def _dtype(name: str, device: Any) -> Any:
     import torch
 
@@ -261,31 +271,38 @@ def train(
     from dalle.model_folder import bundled_folder
     from dalle.training.loop import Stopped
     from dalle.training.memory import keep_freed_memory
+    from dalle.training.processes import joined
     from dalle.training.recipe import Recipe
     from dalle.training.train import STAGES
     from dalle.training.train import train as run
 
-    recipe = validate(Recipe, override(load_preset(preset), settings or []), preset)
-    chosen = STAGES if stages == "all" else tuple(part.strip() for part in stages.split(","))
-    start = bundled_folder() if init_from == "bundled" else Path(init_from) if init_from else None
-    place = _device(device)
+    world, place = _launched(device)
     if place.type == "cpu":
         keep_freed_memory()
     try:
-        folder = run(
-            data,
-            out,
-            recipe,
-            init_from=start,
-            stages=chosen,
-            device=place,
-            dtype=_dtype(dtype, place),
-            quiet=quiet,
-        )
+        with joined(world, place):
+            recipe = validate(Recipe, override(load_preset(preset), settings or []), preset)
+            folder = run(
+                data,
+                out,
+                recipe,
+                init_from=bundled_folder()
+                if init_from == "bundled"
+                else Path(init_from)
+                if init_from
+                else None,
+                stages=STAGES if stages == "all" else tuple(part.strip() for part in stages.split(",")),
+                device=place,
+                dtype=_dtype(dtype, place),
+                quiet=quiet,
+                world=world,
+            )
     except Stopped as stop:
-        print(f"dalle: {stop}", file=sys.stderr)
+        if world.is_main:
+            print(f"dalle: {stop}", file=sys.stderr)
         raise typer.Exit(128 + stop.signal_number) from None
-    _print_folder(folder, as_json)
+    if world.is_main:
+        _print_folder(folder, as_json)
 
 
 @app.command()
@@ -301,16 +318,30 @@ def encode(
     """Encode pictures to tokens once; the same command goes on where it stopped."""
     _log_to_stderr(as_json)
     from dalle.data.pairs import read_pairs
-    from dalle.data.tokens import encode_pairs
+    from dalle.data.tokens import TokenStore, encode_part
     from dalle.pipeline import DallePipeline
+    from dalle.training.processes import joined
 
-    if crop not in ("center", "paper"):
-        raise ValueError(f"--crop {crop!r} is unknown: use center or paper")
-    pairs = read_pairs(data)
-    pairs.require_mostly_good()
-    dvae = DallePipeline.from_pretrained(model).dvae.to(_device(device))
-    with _rows_bar("encoding", as_json) as progress:
-        store = encode_pairs(pairs, dvae, out, crop=crop, seed=seed, progress=progress)  # type: ignore[arg-type]
+    world, place = _launched(device)
+    with joined(world, place), _rows_bar("encoding", as_json or not world.is_main) as progress:
+        if crop not in ("center", "paper"):
+            raise ValueError(f"--crop {crop!r} is unknown: use center or paper")
+        pairs = read_pairs(data)
+        pairs.require_mostly_good()
+        dvae = DallePipeline.from_pretrained(model).dvae.to(place)
+        folder = encode_part(
+            pairs,
+            dvae,
+            out,
+            crop=crop,  # type: ignore[arg-type]
+            seed=seed,
+            progress=progress,
+            rank=world.rank,
+            n_processes=world.size,
+        )
+    if not world.is_main:
+        return
+    store = TokenStore(folder)
     summary = {
         "folder": str(store.folder),
         "pictures": len(store.valid),

@@ -1,12 +1,10 @@
 """Several processes train as one would: the same losses and weights, each from its own part of the data."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from dalle.config import validate
 from dalle.data.pairs import Pair

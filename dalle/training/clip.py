@@ -26,7 +26,7 @@ from dalle.training.contrastive import cached_backward, gathered_loss
 from dalle.training.distributed import Layout
 from dalle.training.order import Order, rng
 from dalle.training.pictures import Member, Pictures, load_all
-from dalle.training.processes import World
+from dalle.training.processes import ALONE, World
 from dalle.training.recipe import Balance, CLIPTraining
 from dalle.training.transformer import encode_caption, fitting_captions
 
@@ -54,7 +54,7 @@ class CLIPStage:
         *,
         seed: int,
         balance: Balance | None,
-        world: World = World(),
+        world: World = ALONE,
     ) -> None:
         self.model, self.settings, self.seed, self.world = model, settings, seed, world
         self.tokenizer, self.dvae = tokenizer, dvae

@@ -112,4 +112,4 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None]:
         total = cotangents[0].clone(memory_format=torch.contiguous_format)  # (N, E)
         dist.all_reduce(total)
-        return total.split(ctx.sizes)[dist.get_rank()], None
+        return torch.split(total, ctx.sizes)[dist.get_rank()], None

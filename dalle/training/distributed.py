@@ -12,47 +12,32 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from dalle import weights
 from dalle.clip import CLIP, Bottleneck, ResidualAttentionBlock
-from dalle.config import Config
 from dalle.dvae import DiscreteVAE, LightBlock, PaperBlock
-from dalle.training.processes import World
+from dalle.training.compression import Compressor, compress_replicas, compress_shards, shard_placement
+from dalle.training.precision import ResblockScaling
+from dalle.training.processes import ALONE, World
+from dalle.training.recipe import IN_ONE_PIECE, Compression, DistributedConfig
 from dalle.transformer import Layer
 
 # What is sharded, recomputed and compiled one by one.
 BLOCKS = (Layer, ResidualAttentionBlock, Bottleneck, PaperBlock, LightBlock)
 # How the stages enter a model other than by calling it.
 ENTRANCES = {DiscreteVAE: ("loss", "encode", "decode"), CLIP: ("encode_image", "encode_text")}
+Placement = Callable[[nn.Parameter], Shard | None]  # the axis along which a parameter is split
 Result = TypeVar("Result")
-
-
-class DistributedConfig(Config):
-    """How a model is laid out over processes and within one; it decides speed and memory, not the weights."""
-
-    mode: Literal["ddp", "shard", "hybrid"] = "ddp"
-    # hybrid: processes that share one copy of the weights; None: those of one machine, as the launcher counts them.
-    shard_size: Annotated[int, Field(ge=1)] | None = None
-    checkpoint_blocks: bool = False  # recompute each block's activations in the backward pass (§2.4)
-    compile_blocks: bool = False  # torch.compile, block by block
-    async_checkpoints: bool = False  # write them while training goes on; costs their size in main memory
-
-    @model_validator(mode="after")
-    def _shard_size_is_of_hybrid(self) -> Self:
-        if self.shard_size is not None and self.mode != "hybrid":
-            raise ValueError(f"shard_size belongs to mode hybrid, and mode is {self.mode}")
-        return self
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -67,12 +52,19 @@ class Layout:
     """
 
     def __init__(
-        self, model: nn.Module, world: World = World(), config: DistributedConfig = DistributedConfig()
+        self,
+        model: nn.Module,
+        world: World = ALONE,
+        config: DistributedConfig = IN_ONE_PIECE,
+        compression: Compression | None = None,
+        scaling: ResblockScaling | None = None,
     ) -> None:
+        """`compression` is for gradients between replicas; `scaling` tells it under which scales they come."""
         self.model, self.world, self.config = model, world, config
         self._kind: Any = type(model)  # FSDP2 gives the model another class
         self.mesh: DeviceMesh | None = None
         self.ddp: DistributedDataParallel | None = None
+        self.compressor: Compressor | None = None
         for block in blocks(model):
             if config.compile_blocks:
                 block.forward = torch.compile(block.forward)
@@ -80,11 +72,20 @@ class Layout:
                 block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         # FSDP2 cannot split a scalar, and a loss may reach it outside of DDP's forward: averaged by hand.
         self.scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}
-        if world.size > 1 and config.mode == "ddp":
+        if world.size == 1:
+            return
+        if config.mode == "ddp":
             self.ddp = _replicated(model)
-        elif world.size > 1:
-            self.mesh = _mesh(world, config, next(model.parameters()).device)
+            if compression is not None:
+                self.compressor = compress_replicas(self.ddp, compression, scaling)
+            return
+        self.mesh = _mesh(world, config, next(model.parameters()).device)
+        if compression is None or self.mesh.ndim == 1:  # without replicas there is nothing to compress
             _shard_(model, self.mesh, self.scalars)
+            return
+        _shard_(model, self.mesh["shard"], self.scalars, shard_placement(model))
+        replicas = self.mesh.get_group("replicate")
+        self.compressor = compress_shards(model, replicas, compression, scaling)
 
     @property
     def is_sharded(self) -> bool:
@@ -102,11 +103,14 @@ class Layout:
 
         Shards are an exception: they are summed at once within their group, for a whole gradient would not fit.
         """
+        if self.compressor is not None:
+            self.compressor.is_last = is_last
         if self.ddp is not None and not is_last:
             with self.ddp.no_sync():
                 yield
             return
-        if self.mesh is not None and self.mesh.ndim == 2 and isinstance(self.model, FSDPModule):
+        has_replicas = self.mesh is not None and self.mesh.ndim == 2
+        if has_replicas and self.compressor is None and isinstance(self.model, FSDPModule):
             self.model.set_requires_all_reduce(is_last)
         yield
 
@@ -217,11 +221,13 @@ def _mesh(world: World, config: DistributedConfig, device: torch.device) -> Devi
     return init_device_mesh(device.type, (world.size // size, size), mesh_dim_names=names)
 
 
-def _shard_(model: nn.Module, mesh: DeviceMesh, scalars: set[nn.Parameter]) -> None:
-    """Split each block's parameters over the mesh, then all others; forwards and backwards gather the next in time."""
+def _shard_(
+    model: nn.Module, mesh: DeviceMesh, scalars: set[nn.Parameter], placement: Placement | None = None
+) -> None:
+    """Split each block's parameters over the mesh, then all others; each pass gathers the next block's in time."""
     for block in blocks(model):
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh, ignored_params=scalars)
+        fully_shard(block, mesh=mesh, shard_placement_fn=placement)
+    fully_shard(model, mesh=mesh, shard_placement_fn=placement, ignored_params=scalars)
     for kind, names in ENTRANCES.items():
         for name in names if isinstance(model, kind) else ():
             register_fsdp_forward_method(model, name)
@@ -233,5 +239,5 @@ def _average_(tensors: list[Tensor], world: World) -> None:
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat)
     flat /= world.size
-    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+    for tensor, mean in zip(tensors, torch.split(flat, [x.numel() for x in tensors]), strict=True):
         tensor.copy_(mean.view_as(tensor))

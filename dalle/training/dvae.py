@@ -15,7 +15,7 @@ from dalle.evaluation.sheets import pairs_sheet, spread
 from dalle.training.optim import half_cosine
 from dalle.training.order import Order, rng
 from dalle.training.pictures import Pictures, load_all
-from dalle.training.processes import World
+from dalle.training.processes import ALONE, World
 from dalle.training.recipe import Balance, DVAETraining
 
 SHEET_PICTURES = 16
@@ -37,7 +37,7 @@ class DVAEStage:
         *,
         seed: int,
         balance: Balance | None,
-        world: World = World(),
+        world: World = ALONE,
     ) -> None:
         self.model, self.settings, self.seed, self.world = model, settings, seed, world
         self.train, self.bad = train, bad

@@ -17,12 +17,12 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from dalle import images
-from dalle.training.distributed import DistributedConfig, Layout
+from dalle.training.distributed import Layout
 from dalle.training.log import RunLog
 from dalle.training.optim import OPTIMIZERS, MovingAverage, Plateau, learning_rate
 from dalle.training.precision import ResblockScaling
-from dalle.training.processes import AgreedStop, World
-from dalle.training.recipe import Optimization
+from dalle.training.processes import ALONE, AgreedStop, World
+from dalle.training.recipe import IN_ONE_PIECE, DistributedConfig, Optimization
 from dalle.training.sharded_checkpoint import Checkpoints
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16_resblock": torch.float32}
@@ -116,8 +116,8 @@ def train_stage(
     run_folder: Path,
     dtype: torch.dtype,
     quiet: bool = False,
-    world: World = World(),
-    config: DistributedConfig = DistributedConfig(),
+    world: World = ALONE,
+    config: DistributedConfig = IN_ONE_PIECE,
 ) -> dict[str, Tensor]:
     """Train `stage` to its last update, from its newest checkpoint if there is one; returns the averaged weights.
 
@@ -126,8 +126,8 @@ def train_stage(
     """
     settings, model = stage.settings, stage.model
     dtype = DTYPES.get(settings.precision, dtype)
-    layout = Layout(model, world, config)
     scaling = ResblockScaling(model) if settings.precision == "fp16_resblock" else None
+    layout = Layout(model, world, config, settings.compression, scaling)
     optimizer = OPTIMIZERS[settings.optimizer](model, settings)
     average = MovingAverage(model, settings.average_decay, settings.average_on_cpu)
     checkpoints = Checkpoints(run_folder / "checkpoints" / stage.name, layout, average, optimizer)
@@ -224,6 +224,7 @@ def update(
         "learning_rate": rate,
         "n_non_finite": progress.n_non_finite,
         **({} if scaling is None else scaling.figures()),
+        **({} if layout.compressor is None else {"compression_ratio": layout.compressor.ratio}),
     }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dalle.data.pairs import Pair
-from dalle.training.processes import World
+from dalle.training.processes import ALONE, World
 from dalle.training.recipe import Balance
 
 
@@ -33,7 +33,7 @@ class Order:
         seed: int,
         balance: Balance | None = None,
         multiple: int = 1,
-        world: World = World(),
+        world: World = ALONE,
     ) -> None:
         self.seed, self.world = seed, world
         self.cap = balance.cap if balance else 1

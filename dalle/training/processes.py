@@ -104,6 +104,9 @@ class World:
             self.wait()
 
 
+ALONE = World()
+
+
 def world_of_launcher() -> World | None:
     """What a launcher says of this process; None where there is none. ValueError where it says only half."""
     found = {name: os.environ[name] for name in VARIABLES if name in os.environ}

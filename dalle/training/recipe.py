@@ -22,6 +22,27 @@ class Compression(Config):
     always: bool = False  # even where the factors are no smaller than the matrix
 
 
+class DistributedConfig(Config):
+    """How a model is laid out over processes and within one; it decides speed and memory, not what is learned."""
+
+    # each process holds all (DDP); a part (FSDP2); or a part, with a replica in every group of processes
+    mode: Literal["ddp", "shard", "hybrid"] = "ddp"
+    # hybrid: processes that share one copy of the weights; None: those of one machine, as the launcher counts them
+    shard_size: int | None = Field(None, ge=1)
+    checkpoint_blocks: bool = False  # recompute each block's activations in the backward pass (§2.4)
+    compile_blocks: bool = False  # torch.compile, block by block
+    async_checkpoints: bool = False  # written while training goes on; costs their size in main memory
+
+    @model_validator(mode="after")
+    def _shard_size_is_of_hybrid(self) -> Self:
+        if self.shard_size is not None and self.mode != "hybrid":
+            raise ValueError(f"shard_size belongs to mode hybrid, and mode is {self.mode}")
+        return self
+
+
+IN_ONE_PIECE = DistributedConfig(shard_size=None)
+
+
 class Optimization(Config):
     """Settings that every stage shares: length, batches, AdamW, averaging, and how often to look."""
 
@@ -136,6 +157,7 @@ class Recipe(Config):
     clip: CLIPShape | None = None  # with clip_training: a third stage, which ranks what is drawn
     clip_training: CLIPTraining | None = None
     balance: Balance | None = None
+    distributed: DistributedConfig = IN_ONE_PIECE  # no part of what a resume compares
     sampling: GenerationOptions = (
         GenerationOptions()
     )  # how the finished model draws when nothing else is asked

@@ -15,8 +15,10 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dalle import weights
@@ -24,6 +26,7 @@ from dalle.training import checkpoint
 from dalle.training.checkpoint import FILES
 from dalle.training.distributed import Layout
 from dalle.training.optim import MovingAverage
+from dalle.training.processes import AgreedStop
 
 STATE = FILES[3]
 PARTS = {"weights": FILES[0], "average": FILES[1], "optimizer": FILES[2]}  # as one process names its files
@@ -47,7 +50,7 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None or self._unfinished is not None and issubclass(kind, Exception):
+        if kind is None or issubclass(kind, AgreedStop):
             self._finish()
 
     def restore(self) -> dict[str, Any] | None:
@@ -84,12 +87,12 @@ class Checkpoints:
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
         tensors = self._tensors()
         if self.layout.config.async_checkpoints:
-            written = dcp.async_save(tensors, storage_writer=writer, process_group=self._group)
+            written = async_save(tensors, storage_writer=writer, process_group=self._group)
             self._unfinished = self._thread.submit(
                 self._seal, folder, step, state, cast(Future[Any], written)
             )
         else:
-            dcp.save(tensors, storage_writer=writer, process_group=self._group)
+            save(tensors, storage_writer=writer, process_group=self._group)
             self._seal(folder, step, state)
 
     def _finish(self) -> None:
@@ -125,22 +128,48 @@ class Checkpoints:
         for name, parameter in model.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer/{name}/{key}"] = torch.as_tensor(value)
+        for name, error in (self.layout.compressor.tensors() if self.layout.compressor else {}).items():
+            tensors[f"{self._own_errors}{name}"] = error
         return tensors
+
+    @property
+    def _own_errors(self) -> str:
+        """Where this process's error buffers are: of use to as many processes only, in the same layout."""
+        world, config = self.layout.world, self.layout.config
+        return f"errors/{config.mode}-{config.shard_size}-{world.rank}-of-{world.size}/"
 
     def _load_sharded(self, folder: Path) -> None:
         """Read what DCP wrote, of it only what this process holds."""
         reader = HuggingFaceStorageReader(str(folder))
         stored = reader.read_metadata().state_dict_metadata
-        self._make_moments({name: (entry.size, entry.properties.dtype) for name, entry in stored.items()})
+        device = next(self.layout.model.parameters()).device
+        errors = {
+            name.removeprefix(self._own_errors): torch.zeros(
+                entry.size, dtype=entry.properties.dtype, device=device
+            )
+            for name, entry in stored.items()
+            if name.startswith(self._own_errors) and isinstance(entry, TensorStorageMetadata)
+        }
+        if self.layout.compressor is not None:
+            self.layout.compressor.restore(
+                errors
+            )  # empty with another number of processes: they start at zero
+        self._make_moments(
+            {
+                name: (entry.size, entry.properties.dtype)
+                for name, entry in stored.items()
+                if isinstance(entry, TensorStorageMetadata)
+            }
+        )
         tensors = self._tensors()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is, with one process
-            dcp.load(tensors, storage_reader=reader, no_dist=self._group is None)
+            load(tensors, storage_reader=reader, no_dist=self._group is None)
         self._take_average(tensors)
 
     def _load_whole(self, folder: Path) -> None:
         """Read what one process wrote: every process takes its part of each tensor."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for part, file in PARTS.items():
             found |= {f"{part}/{name}": value for name, value in weights.load_tensors(folder / file).items()}
         self._make_moments({name: (value.shape, value.dtype) for name, value in found.items()})

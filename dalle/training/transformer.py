@@ -3,6 +3,7 @@
 Shapes: B batch, T text slots, N image tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from dalle.data.pairs import Pair
+from dalle.data.tokens import Tokens
 from dalle.dvae import DiscreteVAE
 from dalle.evaluation.protocols import decode, first_captions, measure_losses
 from dalle.evaluation.sheets import pairs_sheet, spread
@@ -18,7 +20,7 @@ from dalle.generation.engine import Engine
 from dalle.generation.options import GenerationOptions
 from dalle.tokenizer import Tokenizer
 from dalle.training.order import Order, rng
-from dalle.training.processes import World
+from dalle.training.processes import ALONE, World
 from dalle.training.recipe import Balance, TransformerTraining
 from dalle.transformer import Transformer
 
@@ -30,7 +32,7 @@ class Sequences:
     """Captioned pictures as the transformer sees them: pairs, and the tokens of each pair's picture, once or more."""
 
     pairs: list[Pair]
-    encodings: list[np.ndarray]  # each (M, G, G) uint16
+    encodings: Sequence[np.ndarray | Tokens]  # each (M, G, G) uint16, in memory or on disk
 
     def image(self, index: int, encoding: int = 0) -> np.ndarray:
         """The image tokens of pair `index` in raster order, (N,) int64."""
@@ -54,7 +56,7 @@ class TransformerStage:
         seed: int,
         balance: Balance | None,
         sampling: GenerationOptions,
-        world: World = World(),
+        world: World = ALONE,
     ) -> None:
         self.model, self.settings, self.seed = model, settings, seed
         self.tokenizer, self.dvae, self.sampling = tokenizer, dvae, sampling
