@@ -196,7 +196,7 @@ def _square(pair: Pair, side: int) -> Image:
     return images.center_crop(picture, min(side, *picture.size))
 
 
-def _fitting(settings: CLIPTraining, n_epoch: int, n_processes: int) -> CLIPTraining:
+def _fitting(settings: CLIPTraining, n_epoch: int, n_processes: int = 1) -> CLIPTraining:
     """Smaller batches for an epoch of so few pictures: an update's are all different; ValueError for one alone."""
     needed = max(2, n_processes)
     if n_epoch < needed:

@@ -1,6 +1,6 @@
 """The recipe of a whole training run: what a preset sets, stage by stage (Ramesh et al. 2021, App. A.2 and B.2)."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -146,7 +146,7 @@ class Balance(Config):
 
 
 class Recipe(Config):
-    """Everything that decides the weights of a run, but for the data."""
+    """Everything that decides the weights of a run, but for the data, and how it is laid out over processes."""
 
     seed: int = Field(0, ge=0)
     tokenizer: TokenizerConfig
@@ -157,11 +157,15 @@ class Recipe(Config):
     clip: CLIPShape | None = None  # with clip_training: a third stage, which ranks what is drawn
     clip_training: CLIPTraining | None = None
     balance: Balance | None = None
-    distributed: DistributedConfig = IN_ONE_PIECE  # no part of what a resume compares
+    distributed: DistributedConfig = IN_ONE_PIECE  # a resume may have another
     sampling: GenerationOptions = (
         GenerationOptions()
     )  # how the finished model draws when nothing else is asked
     weights: Literal["float32", "bfloat16"] = "float32"  # how the finished model is stored
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to go on."""
+        return self.model_dump(mode="json", exclude={"distributed"})
 
     @model_validator(mode="after")
     def _lengths_agree(self) -> Self:

@@ -131,7 +131,7 @@ def _prepare(
     for sample in pairs.bad:
         bad.add(sample.key, sample.reason)
     config = {
-        "recipe": recipe.model_dump(mode="json", exclude={"distributed"}),  # a resume may change the layout
+        "recipe": recipe.identity(),
         "data": pairs.fingerprint,
         "dtype": str(dtype).removeprefix("torch."),
         "init_from": _init_identity(init_from, out),
