@@ -30,12 +30,16 @@ from dalle.training.compression import Compressor, compress_replicas, compress_s
 from dalle.training.precision import ResblockScaling
 from dalle.training.processes import ALONE, World
 from dalle.training.recipe import IN_ONE_PIECE, Compression, DistributedConfig
-from dalle.transformer import Layer
+from dalle.transformer import Layer, Transformer
 
 # What is sharded, recomputed and compiled one by one.
 BLOCKS = (Layer, ResidualAttentionBlock, Bottleneck, PaperBlock, LightBlock)
 # How the stages enter a model other than by calling it.
-ENTRANCES = {DiscreteVAE: ("loss", "encode", "decode"), CLIP: ("encode_image", "encode_text")}
+ENTRANCES = {
+    Transformer: ("loss",),
+    DiscreteVAE: ("loss", "encode", "decode"),
+    CLIP: ("encode_image", "encode_text"),
+}
 Placement = Callable[[nn.Parameter], Shard | None]  # the axis along which a parameter is split
 Result = TypeVar("Result")
 

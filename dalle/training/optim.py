@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dalle.training.adamw16 import AdamW16, local_part
+from dalle.training.muon import ADJUSTMENT, MOMENTUM, ShardedMuon
 from dalle.training.recipe import Optimization
 
 PLATEAU_WINDOW = 2000  # updates averaged before two windows are compared; the paper does not say
@@ -102,10 +104,14 @@ def _groups(model: nn.Module, settings: Optimization) -> list[dict[str, Any]]:
         if parameter.requires_grad:
             is_matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
             (decayed if is_matrix else plain).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
+    groups = []
+    for parameters, weight_decay in ((decayed, settings.weight_decay), (plain, 0.0)):
+        for is_sharded in (
+            True,
+            False,
+        ):  # of a sharded model the scalars are not, and a kernel takes one kind
+            chosen = [p for p in parameters if isinstance(p, DTensor) == is_sharded]
+            groups.append({"params": chosen, "weight_decay": weight_decay})
     return [group for group in groups if group["params"]]
 
 
@@ -134,13 +140,15 @@ def muon(model: nn.Module, settings: Optimization) -> torch.optim.Optimizer:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in in_layers]
     if not matrices:
         raise ValueError("optimizer muon: this model has no repeated layers with matrices: use adamw")
+    if isinstance(matrices[0], DTensor):
+        return Together(ShardedMuon(matrices, settings.learning_rate, settings.weight_decay), others)
     return Together(
         torch.optim.Muon(
             matrices,
             lr=settings.learning_rate,
             weight_decay=settings.weight_decay,
-            momentum=0.95,
-            adjust_lr_fn="match_rms_adamw",
+            momentum=MOMENTUM,
+            adjust_lr_fn=ADJUSTMENT,
         ),
         others,
     )

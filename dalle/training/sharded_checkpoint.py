@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dalle import weights
 from dalle.training import checkpoint
+from dalle.training.adamw16 import local_part
 from dalle.training.checkpoint import FILES
 from dalle.training.distributed import Layout
 from dalle.training.optim import MovingAverage
@@ -178,12 +179,12 @@ class Checkpoints:
             whole = found[name].to(tensor.device)
             if isinstance(tensor, DTensor):
                 whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements).to_local()
-            local(tensor).copy_(whole)
+            local_part(tensor).detach().copy_(whole)
         self._take_average(tensors)
 
     def _take_average(self, tensors: dict[str, Tensor]) -> None:
         for name, tensor in self.average.tensors.items():
-            local(tensor).copy_(local(tensors[f"average/{name}"]))
+            local_part(tensor).copy_(local_part(tensors[f"average/{name}"]))
 
     def _make_moments(self, stored: dict[str, tuple[torch.Size, torch.dtype]]) -> None:
         """Make the optimizer's state, of the sizes and dtypes that are stored."""
@@ -199,8 +200,3 @@ class Checkpoints:
                     if is_shaped_alike
                     else torch.zeros(size, dtype=dtype, device=parameter.device)
                 )
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
