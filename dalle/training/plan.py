@@ -345,12 +345,18 @@ def plan_cpu(config: TransformerConfig, training: TransformerTraining, machine: 
     logits = config.n_text_tokens * config.n_text_ids + config.n_image_tokens * config.n_image_vocab
     elementwise = LAYER_TRAFFIC * config.n_layers * kept.layer + LOGIT_TRAFFIC * logits
     computing = training.accumulation * cpu_seconds(flops, batch, computed, batch * elementwise, machine)
-    width = config.d_model
-    muon = 2 * newton_schulz_flops(4 * width, width) + newton_schulz_flops(3 * width, width)
-    muon = (muon + newton_schulz_flops(width, width)) * config.n_layers if training.optimizer == "muon" else 0
-    computing += optimizer_seconds(muon, n_weights, machine)
+    computing += optimizer_seconds(muon_flops(config, training), n_weights, machine)
     speed = _speed(config, training, computing, (0.0, 0.0, 0.0), 1, machine.flops)
     return Row("cpu", 1, 1, batch * training.accumulation, batch, batch, batch, False, memory, speed)
+
+
+def muon_flops(config: TransformerConfig, training: TransformerTraining) -> int:
+    """FLOPs of Muon's own products in an update; 0 for other optimizers."""
+    if training.optimizer != "muon":
+        return 0
+    width = config.d_model
+    matrices = ((3 * width, width), (width, width), (4 * width, width), (width, 4 * width))
+    return config.n_layers * sum(newton_schulz_flops(*shape) for shape in matrices)
 
 
 # --- The other stages -------------------------------------------------------------------------
