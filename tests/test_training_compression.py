@@ -1,19 +1,18 @@
 """PowerSGD between replicas, under DDP and on FSDP2's shards: four processes, all cases in one start of them."""
 
 import math
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from dalle.attention import AttentionPlan
 from dalle.config import load_preset, validate
 from dalle.training.adamw16 import AdamW16
 from dalle.training.compression import (
@@ -27,8 +26,10 @@ from dalle.training.compression import (
 )
 from dalle.training.optim import MovingAverage, adamw16
 from dalle.training.precision import ResblockScaling
+from dalle.training.processes import World
 from dalle.training.recipe import Compression, Optimization, Recipe
-from dalle.transformer import Layer, Transformer
+from dalle.transformer import Layer, Transformer, TransformerConfig
+from tests.spawned import spawn
 from tests.tiny import GRID, N_CODES, N_TEXT, tiny_transformer
 
 N_PROCESSES, N_VOCAB = 4, 20
@@ -313,31 +314,18 @@ CASES = (
 )
 
 
-def one_process(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", N_PROCESSES)
-    dist.init_process_group("gloo", rank=rank, world_size=N_PROCESSES, store=store)
-    for case in CASES:
-        torch.save(case(), f"{folder}/{case.__name__}-{rank}.pt")
-    dist.barrier()  # nobody leaves while another still talks to it
-    dist.destroy_process_group()
+def all_cases(world: World) -> dict[str, Any]:
+    return {case.__name__: case() for case in CASES}
 
 
 Found = dict[str, list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Found]:
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What each process found in each case."""
-    folder: Path = tmp_path_factory.mktemp("processes")
-    multiprocessing.spawn(one_process, (str(folder),), nprocs=N_PROCESSES)
-    yield {
-        case.__name__: [
-            torch.load(folder / f"{case.__name__}-{rank}.pt", weights_only=True)
-            for rank in range(N_PROCESSES)
-        ]
-        for case in CASES
-    }
+    processes = spawn(N_PROCESSES, all_cases, tmp_path_factory.mktemp("processes"))
+    return {case.__name__: [results[case.__name__] for results in processes] for case in CASES}
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -469,9 +457,6 @@ def test_the_papers_ratio_is_0_1411() -> None:
     assert compression is not None and compression.rank * 8 == 896
     width, m = 3968, 8
     with torch.device("meta"):
-        from dalle.attention import AttentionPlan
-        from dalle.transformer import TransformerConfig
-
         config = TransformerConfig(
             n_layers=1,
             n_heads=62,
