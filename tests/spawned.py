@@ -1,5 +1,6 @@
 """Runs a function in several processes that are joined as `torchrun` would join them, over gloo on this machine."""
 
+import multiprocessing
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -7,15 +8,19 @@ from typing import Any
 
 import torch
 from torch import distributed as dist
-from torch import multiprocessing
+from torch.multiprocessing import start_processes
 
 from dalle.training.processes import World
+
+# Imported once, by the process that all others are forks of: importing is most of what a short-lived process does.
+IMPORTED = ("torch._dynamo", "tensorboard.compat.proto.event_pb2", "dalle.training.stages", "tests.tiny")
 
 
 def spawn(n: int, function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
     """What `function(world, *arguments)` returns in each of `n` processes; it must be of a module's top level."""
     folder.mkdir(parents=True, exist_ok=True)
-    multiprocessing.spawn(_one, (n, str(folder), function, arguments), nprocs=n)
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(IMPORTED))
+    start_processes(_one, (n, str(folder), function, arguments), nprocs=n, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(n)]
 
 

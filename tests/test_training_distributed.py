@@ -1,5 +1,6 @@
 """Several processes train as one would: the same losses and weights, each from its own part of the data."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,17 +8,20 @@ import pytest
 import torch
 
 from dalle.config import validate
-from dalle.data.pairs import Pair
+from dalle.data.pairs import BadSampleLog, Pair, read_pairs
+from dalle.data.shapes import write_shapes
 from dalle.generation.options import GenerationOptions
 from dalle.training import loop
-from dalle.training.distributed import DistributedConfig, Layout
+from dalle.training.clip import CLIPStage
+from dalle.training.distributed import Layout
+from dalle.training.dvae import DVAEStage
 from dalle.training.loop import Progress
 from dalle.training.optim import OPTIMIZERS, MovingAverage, Plateau
 from dalle.training.processes import World
-from dalle.training.recipe import TransformerTraining
+from dalle.training.recipe import CLIPTraining, DistributedConfig, DVAETraining, TransformerTraining
 from dalle.training.transformer import Sequences, TransformerStage
 from tests.spawned import spawn
-from tests.tiny import GRID, N_CODES, tiny_dvae, tiny_tokenizer, tiny_transformer
+from tests.tiny import GRID, N_CODES, tiny_clip, tiny_dvae, tiny_tokenizer, tiny_transformer
 
 N_PAIRS, UPDATES = 24, 4
 SETTINGS: dict[str, Any] = {
@@ -44,6 +48,8 @@ CASES: dict[str, dict[str, Any]] = {
     "hybrid": {"mode": "hybrid", "shard_size": 2},
     "ddp, recomputed": {"mode": "ddp", "checkpoint_blocks": True},
     "shard, recomputed": {"mode": "shard", "checkpoint_blocks": True},
+    "shard, Muon": {"mode": "shard"},
+    "hybrid, Muon": {"mode": "hybrid", "shard_size": 2},
 }
 
 
@@ -92,9 +98,16 @@ def trained(
     }
 
 
+def changes_of(case: str) -> dict[str, Any]:
+    return {"optimizer": "muon"} if case.endswith("Muon") else {}
+
+
 def all_cases(world: World) -> dict[str, Any]:
-    cases = {name: case for name, case in CASES.items() if world.size > 2 or name != "hybrid"}
-    return {name: trained(transformer_stage(world), world, case) for name, case in cases.items()}
+    cases = {name: case for name, case in CASES.items() if world.size > 2 or case["mode"] != "hybrid"}
+    return {
+        name: trained(transformer_stage(world, **changes_of(name)), world, case)
+        for name, case in cases.items()
+    }
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -104,8 +117,11 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[str, Any]:
-    return trained(transformer_stage(World()), World(), {})
+def alone() -> dict[str, dict[str, Any]]:
+    """What one process sees, by the optimizer."""
+    return {
+        name: trained(transformer_stage(World(), optimizer=name), World(), {}) for name in ("adamw", "muon")
+    }
 
 
 def assert_equal(found: dict[str, Any], expected: dict[str, Any], tolerance: float) -> None:
@@ -120,11 +136,76 @@ def assert_equal(found: dict[str, Any], expected: dict[str, Any], tolerance: flo
 
 @pytest.mark.parametrize("name", CASES)
 def test_processes_give_the_losses_and_weights_of_one(
-    name: str, runs: list[dict[str, Any]], alone: dict[str, Any]
+    name: str, runs: list[dict[str, Any]], alone: dict[str, dict[str, Any]]
 ) -> None:
     if name not in runs[0]:
         pytest.skip("a mesh needs four processes")
-    assert alone["figures"][0]["gradient_norm"] > 2 * SETTINGS["clip_norm"]
-    assert_equal(runs[0][name], alone, 1e-10)
+    expected = alone[changes_of(name).get("optimizer", "adamw")]
+    assert expected["figures"][0]["gradient_norm"] > 2 * SETTINGS["clip_norm"]
+    assert_equal(runs[0][name], expected, 1e-10)
     for other in runs[1:]:
         assert other[name]["figures"] == runs[0][name]["figures"], "all processes agree"
+
+
+# Pictures and contrast
+
+
+def picture_stage(kind: str, world: World, folder: str) -> DVAEStage | CLIPStage:
+    """The first or the third stage on 24 shapes, one of which cannot be read."""
+    pairs = list(read_pairs(f"{folder}/data"))
+    bad = BadSampleLog(Path(folder) / f"bad-{world.rank}.jsonl", total=len(pairs), limit=0.5)
+    train, held_out = pairs[:16], pairs[16:]
+    settings = SETTINGS | {"batch_size": 8, "learning_rate": 3e-4, "final_learning_rate": 1e-4}
+    for name in ("crop", "bpe_dropout", "caption_dropout", "token_noise"):
+        del settings[name]
+    if kind == "dvae":
+        found = validate(DVAETraining, settings | {"crop": "center"}, "test")
+        return DVAEStage(tiny_dvae(), found, train, held_out, bad, seed=0, balance=None, world=world)
+    tokenizer = tiny_tokenizer(caption for pair in pairs for caption in pair.captions)
+    return CLIPStage(
+        tiny_clip(tokenizer, loss="siglip" if kind == "clip, siglip" else "infonce"),
+        validate(CLIPTraining, settings | {"crop": "near"}, "test"),
+        tokenizer,
+        None,
+        train,
+        held_out,
+        bad,
+        seed=0,
+        balance=None,
+        world=world,
+    )
+
+
+KINDS = ("dvae", "clip", "clip, siglip")
+
+
+def picture_cases(world: World, folder: str) -> dict[str, Any]:
+    return {
+        f"{kind}, {mode}": trained(picture_stage(kind, world, folder), world, {"mode": mode})
+        for kind in KINDS
+        for mode in ("ddp", "shard")
+    }
+
+
+@pytest.fixture(scope="module")
+def picture_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("pictures")
+    write_shapes(folder / "data", 24, seed=0)
+    (folder / "data" / "000003.png").write_bytes(b"not a picture")
+    return folder, spawn(2, picture_cases, folder / "results", str(folder))[0]
+
+
+@pytest.mark.parametrize("mode", ["ddp", "shard"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_dvae_and_clip_train_as_in_one_process_though_a_picture_is_unreadable(
+    kind: str, mode: str, picture_runs: tuple[Path, dict[str, Any]]
+) -> None:
+    folder, found = picture_runs
+    expected = trained(picture_stage(kind, World(), str(folder)), World(), {})
+    ours = found[f"{kind}, {mode}"]
+    for figures, others in zip(ours["figures"], expected["figures"], strict=True):
+        for name in ("loss", "gradient_norm"):
+            assert figures[name] == pytest.approx(others[name], rel=1e-4)
+    for name, tensor in expected["weights"].items():
+        torch.testing.assert_close(ours["weights"][name], tensor, rtol=1e-5, atol=1e-5)
+    assert ours["validation"] == pytest.approx(expected["validation"], rel=1e-3)
