@@ -24,7 +24,15 @@ from train import arguments, in_a_process
 
 from dalle.config import load_preset, override, validate
 from dalle.training.cost import activations, parameters_by_part, transformer_flops
-from dalle.training.devices import EFFICIENCY, LAYER_TRAFFIC, LOGIT_TRAFFIC, OPTIMIZER_TRAFFIC, Machine
+from dalle.training.devices import (
+    EFFICIENCY,
+    HEAP,
+    LAYER_TRAFFIC,
+    LOGIT_TRAFFIC,
+    OPTIMIZER_TRAFFIC,
+    PROCESS_BYTES,
+    Machine,
+)
 from dalle.training.memory import keep_freed_memory
 from dalle.training.optim import OPTIMIZERS, MovingAverage
 from dalle.training.plan import muon_flops, plan_cpu
@@ -175,6 +183,14 @@ def calibrate(given: argparse.Namespace) -> None:
         / machine.bandwidth,
     }
     taken = seconds_by_class(recipe)
+    given.settings, given.updates = [*CALIBRATION, *given.settings], 4
+    grown = in_a_process("transformer", "now", given)["bytes"]
+    given.preset, given.settings = "tiny", []
+    process = in_a_process("transformer", "now", given)["bytes"]  # whose own tensors count for nothing
+    alive = (plan_cpu(config, training, machine).memory.total - PROCESS_BYTES) / HEAP
+    heap = (grown - process) / alive
+    line = {"process_gb": round(process / 1e9, 2), "kept": PROCESS_BYTES / 1e9}
+    print(json.dumps({**line, "heap": round(heap, 2), "kept_heap": HEAP}), flush=True)
     for name, ideal in at_peak.items():
         seconds = taken[name]
         line = {"part": name, "ms": round(1e3 * seconds, 1), "efficiency": round(ideal / seconds, 2)}

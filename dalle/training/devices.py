@@ -30,7 +30,7 @@ class Device:
     inside: float  # bytes a second to the others of its machine, each way
     between: float  # bytes a second to other machines, its share of the machine's network, each way
     mfu: float  # share of `flops` that training is assumed to use
-    state: State | None = None  # what is kept of a weight; None: what the recipe says
+    state: State | None = None  # what is kept of a weight; None: what this code keeps under the recipe
     n_in_machine: int = 8
 
 
@@ -42,7 +42,7 @@ DEVICES = {
     # The paper's; it gives neither its rate nor its network: 100 Gb/s for 8 GPUs is assumed.
     "v100": Device("v100", 125 * TERA, 16.9 * GIGA, 150 * GIGA, 12.5 * GIGA / 8, mfu=0.30, state=PAPER_STATE),
 }
-USABLE = 0.92  # of an accelerator's memory: the rest is the driver's, the libraries' and lost between blocks
+USABLE = 0.94  # of an accelerator's memory: the rest is the driver's, the libraries' and lost between blocks
 OVERLAP = 2 / 3  # of the computing hides traffic between machines: the backward pass
 
 
@@ -59,22 +59,22 @@ CPU = Machine(0.43 * TERA, 34.7 * GIGA)  # two quiet cores, docs/performance.md
 # How near the parts of a CPU's update come to those peaks. `python benchmarks/plan.py --calibrate` prints this table,
 # from a profile of a model (4 layers x 384, 40 + 100 tokens) that is none of those the plan is checked on.
 EFFICIENCY = {
-    "layers": 0.85,  # bfloat16 products of the layers, forwards and backwards
-    "head_forward": 0.37,  # fp32 products, over the bfloat16 peak
-    "head_backward": 0.85,
-    "attention": 0.50,  # small batched products, over all pairs of slots: a CPU masks, it does not skip
-    "muon": 0.75,  # small products
-    "bytes": 1.0,  # element-wise work, over the bandwidth
+    "layers": 0.88,  # bfloat16 products of the layers, forwards and backwards
+    "head_forward": 0.38,  # fp32 products, over the bfloat16 peak
+    "head_backward": 0.90,
+    "attention": 0.55,  # small batched products, over all pairs of slots: a CPU masks, it does not skip
+    "muon": 0.83,  # small products
+    "bytes": 0.67,  # element-wise work, over the bandwidth
 }
 # Bytes moved by all that is no matrix product. Of a layer, over what it keeps for its backward pass: norms, casts, GELU,
 # residual sums, copies between the layouts of heads, counted one by one 310 C a slot both ways, of 36 C kept.
 LAYER_TRAFFIC = 8.6
 LOGIT_TRAFFIC = 30  # a logit: log-probabilities, the loss's gradients, casts
 OPTIMIZER_TRAFFIC = 60  # a weight: clipping 12, moments and step 28, average 12, casts 8
-PROCESS_BYTES = 0.42 * GIGA  # resident in a process that has imported what training needs
-HEAP = (
-    1.05  # what the C library's heap takes over what is alive at the peak: blocks between others stay empty
-)
+PROCESS_BYTES = (
+    0.39 * GIGA
+)  # of a process that has run the preset `tiny`: its libraries, and kernels made as needed
+HEAP = 1.33  # resident over alive at the peak: the heap keeps blocks of all sizes between those in use
 
 
 def newton_schulz_flops(rows: int, columns: int, n_iterations: int = 5) -> int:

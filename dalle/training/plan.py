@@ -51,11 +51,12 @@ ASSUMPTIONS = (
     "an update is the recipe's batch, shared out to all devices; FLOPs are the model's own: the masks' pairs, no recompute",
     "MFU is assumed (h100, a100 45 %, v100 30 %; --mfu sets it), and holds without checkpointing; with it an update"
     " computes the forward pass twice. This code's MFU on GPUs has not been measured",
-    "weights, gradients and moments lie sharded inside a machine of 8, the same in every machine; bfloat16 travels",
+    "weights, gradients and moments lie sharded over as few GPUs as can hold them: one, a machine of 8, or all; weights"
+    " and gradients travel in fp32 (v100: 16 bits), and autocast's 16-bit copy of all weights is held whole",
     "the network inside a machine is hidden where it takes less time than the computing; between machines, behind the"
     " backward pass, two thirds of it; rates a device, GB/s inside / between: h100 450 / 50, a100 300 / 25, v100 150 / 1.6",
-    "compressed: PowerSGD of the layers' matrices as in the paper (rank 896 at width 3968: 14 %), all else in fp32",
-    "92 % of a device's memory can be used; v100 keeps what the paper kept (16-bit weights and moments), which this code"
+    "compressed: PowerSGD of the layers' matrices as in the paper (rank 896 at width 3968: 14 %), all else as it is",
+    "94 % of a device's memory can be used; v100 keeps what the paper kept (16-bit weights and moments), which this code"
     " does not: its weights are fp32",
     "cpu: the rates of two cores, 0.43 TFLOP/s and 34.7 GB/s, of which each part of an update reaches the share in"
     " `dalle/training/devices.py`",
@@ -85,7 +86,9 @@ class Memory:
     gradients: float
     moments: float
     average: float
-    gathered: float  # whole layers: the one at work, the next one, a gradient; and what no layer holds
+    gathered: (
+        float  # whole: the layer at work, the next one, a gradient, what no layer holds; autocast's copies
+    )
     activations_per_sequence: float
     checkpointed_per_sequence: float
     total: float  # with the micro-batch of the plan
@@ -123,6 +126,7 @@ class Row:
     is_checkpointed: bool
     memory: Memory
     speed: Speed | None  # None: does not fit
+    settings: tuple[str, ...]  # what a recipe sets to run like this, as --set takes it
 
 
 @dataclass(frozen=True)
@@ -203,7 +207,7 @@ def paper_ratio(width: int, rank: int, n_shards: int = 8) -> float:
 
 def kept_state(training: TransformerTraining) -> State:
     """Bytes that this code keeps of a weight: fp32, with the moments of the recipe's optimizer."""
-    average = 0 if getattr(training, "average_on_cpu", False) else FP32
+    average = 0 if training.average_on_cpu else FP32
     moments = {"adamw": 8, "adamw16": 4, "muon": 4}[training.optimizer]
     others = {"weights": 4, "gradients": 4, "moments": 8, "average": average}
     return {"matrices": others | {"moments": moments}, "others": others}
@@ -248,7 +252,30 @@ def _plan_row(
         is_checkpointed,
         memory,
         speed,
+        _settings(training, n_devices, n_shards, sequences, micro_batch, is_checkpointed)
+        if device.state is None and micro_batch
+        else (),
     )
+
+
+def _settings(
+    training: TransformerTraining,
+    n_devices: int,
+    n_shards: int,
+    sequences: int,
+    micro_batch: int,
+    is_checkpointed: bool,
+) -> tuple[str, ...]:
+    mode = "ddp" if n_shards == 1 else "shard" if n_shards == n_devices else "hybrid"
+    settings = [
+        f"transformer_training.batch_size={micro_batch * n_devices}",
+        f"transformer_training.accumulation={sequences // micro_batch}",
+        f"distributed.mode={mode}",
+    ]
+    settings += [f"distributed.shard_size={n_shards}"] if mode == "hybrid" else []
+    settings += ["distributed.checkpoint_blocks=true"] if is_checkpointed else []
+    settings += ["transformer_training.precision=bf16"] if training.precision == "fp16_resblock" else []
+    return tuple(settings)
 
 
 def _state_on_each(config: TransformerConfig, state: State, n_shards: int) -> dict[str, float]:
@@ -260,8 +287,15 @@ def _state_on_each(config: TransformerConfig, state: State, n_shards: int) -> di
         for name in state["matrices"]
     }
     layer = n_matrices / config.n_layers
-    whole = 3 * layer + n_others  # two layers' weights and a gradient; embeddings and heads stay
-    held["gathered"] = BF16 * (whole if n_shards > 1 else n_matrices + n_others)  # on one: autocast's copies
+    is_fp32 = state["matrices"]["weights"] == FP32
+    held["gathered"] = 0.0
+    if (
+        n_shards > 1
+    ):  # two layers' weights and a gradient; FSDP2 keeps embeddings and heads, the paper dropped them
+        stay = n_others if is_fp32 else n_others / 2
+        held["gathered"] += state["matrices"]["weights"] * 3 * layer + state["others"]["weights"] * stay
+    if is_fp32:  # autocast keeps its copies until the backward pass is over
+        held["gathered"] += BF16 * (n_matrices + n_others)
     return held
 
 
@@ -279,16 +313,19 @@ def _traffic(
     """
     n_matrices = layer_matrices(config)
     n_weights = sum(parameters_by_part(config).values())
+    width = (
+        FP32 if device.state is None else device.state["matrices"]["weights"]
+    )  # bytes that travel of a weight
     is_one_machine = n_devices <= device.n_in_machine
     of_shards = device.inside if n_shards <= device.n_in_machine else device.between
-    inside = BF16 * n_weights * (n_shards - 1) / n_shards * (2 * n_rounds + 1) / of_shards
+    inside = width * n_weights * (n_shards - 1) / n_shards * (2 * n_rounds + 1) / of_shards
     n_replicas = n_devices // n_shards
     ring = (
         2 * (n_replicas - 1) / n_replicas / n_shards / (device.inside if is_one_machine else device.between)
     )
     ratio = paper_ratio(config.d_model, paper_rank(config.d_model), n_shards)
-    sent = BF16 * n_matrices * ratio + FP32 * (n_weights - n_matrices)
-    return inside, BF16 * n_weights * ring, min(sent, BF16 * n_weights) * ring
+    sent = width * n_matrices * ratio + FP32 * (n_weights - n_matrices)
+    return inside, width * n_weights * ring, min(sent, width * n_weights) * ring
 
 
 def _speed(
@@ -347,7 +384,7 @@ def plan_cpu(config: TransformerConfig, training: TransformerTraining, machine: 
     computing = training.accumulation * cpu_seconds(flops, batch, computed, batch * elementwise, machine)
     computing += optimizer_seconds(muon_flops(config, training), n_weights, machine)
     speed = _speed(config, training, computing, (0.0, 0.0, 0.0), 1, machine.flops)
-    return Row("cpu", 1, 1, batch * training.accumulation, batch, batch, batch, False, memory, speed)
+    return Row("cpu", 1, 1, batch * training.accumulation, batch, batch, batch, False, memory, speed, ())
 
 
 def muon_flops(config: TransformerConfig, training: TransformerTraining) -> int:

@@ -30,8 +30,17 @@ HEADS = (
 
 
 def lines(plan: Plan) -> list[str]:
-    """The plan as text; a `c` after the micro-batch says that its activations are checkpointed."""
-    return [*_heading(plan), "", *_table(plan.rows), "", *(f"- {line}" for line in plan.assumptions)]
+    """The plan as text; a `c` after the micro-batch says that its activations are checkpointed.
+
+    The settings to run a row with are said where the rows are of one number of devices.
+    """
+    text = [*_heading(plan), "", *_table(plan.rows), ""]
+    if len({row.n_devices for row in plan.rows}) == 1:
+        to_type = [
+            (row.device, " ".join(f"--set {setting}" for setting in row.settings)) for row in plan.rows
+        ]
+        text += [*(f"{device}: {settings}" for device, settings in to_type if settings), ""]
+    return text + [f"- {line}" for line in plan.assumptions]
 
 
 def _heading(plan: Plan) -> list[str]:
