@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from dalle.config import validate
 from dalle.data.pairs import BadSampleLog, Pair, read_pairs
@@ -13,7 +14,7 @@ from dalle.data.shapes import write_shapes
 from dalle.generation.options import GenerationOptions
 from dalle.training import loop
 from dalle.training.clip import CLIPStage
-from dalle.training.distributed import Layout
+from dalle.training.distributed import Layout, _mesh
 from dalle.training.dvae import DVAEStage
 from dalle.training.loop import Progress
 from dalle.training.optim import OPTIMIZERS, MovingAverage, Plateau
@@ -21,7 +22,7 @@ from dalle.training.processes import World
 from dalle.training.recipe import CLIPTraining, DistributedConfig, DVAETraining, TransformerTraining
 from dalle.training.transformer import Sequences, TransformerStage
 from tests.spawned import spawn
-from tests.tiny import GRID, N_CODES, tiny_clip, tiny_dvae, tiny_tokenizer, tiny_transformer
+from tests.tiny import GRID, N_CODES, needs_compiler, tiny_clip, tiny_dvae, tiny_tokenizer, tiny_transformer
 
 N_PAIRS, UPDATES = 24, 4
 SETTINGS: dict[str, Any] = {
@@ -145,6 +146,58 @@ def test_processes_give_the_losses_and_weights_of_one(
     assert_equal(runs[0][name], expected, 1e-10)
     for other in runs[1:]:
         assert other[name]["figures"] == runs[0][name]["figures"], "all processes agree"
+
+
+def gradients(config: dict[str, Any]) -> dict[str, Tensor]:
+    """Of one update with dropout, in one process."""
+    stage = transformer_stage(World(), dropout=0.3, accumulation=1)
+    layout = Layout(stage.model, World(), DistributedConfig.model_validate(config))
+    loop._accumulate(stage, 0, torch.float32, layout)
+    return {name: p.grad.clone() for name, p in stage.model.named_parameters() if p.grad is not None}
+
+
+def test_recomputed_blocks_draw_the_same_dropout_and_give_the_same_gradient_to_the_bit() -> None:
+    plain, recomputed = gradients({}), gradients({"checkpoint_blocks": True})
+    assert len(plain) > 20 and plain.keys() == recomputed.keys()
+    assert all(torch.equal(plain[name], gradient) for name, gradient in recomputed.items())
+
+
+def test_recomputed_blocks_keep_no_activations_inside() -> None:
+    kept: dict[bool, int] = {}
+    for recomputes in (False, True):
+        stage = transformer_stage(World())
+        Layout(stage.model, World(), DistributedConfig(checkpoint_blocks=recomputes))
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):  # noqa: B023
+            stage.loss(stage.batch(0), 0, 0)
+        kept[recomputes] = sum(sizes)
+    assert kept[True] < kept[False] / 2
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own imports
+@pytest.mark.long
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_compiled_blocks_give_the_gradient_of_plain_ones(recomputes: bool) -> None:
+    stages = {}
+    for compiles in (False, True):
+        stage = stages[compiles] = transformer_stage(World(), accumulation=1)
+        config = DistributedConfig(compile_blocks=compiles, checkpoint_blocks=recomputes and compiles)
+        loop._accumulate(stage, 0, torch.float32, Layout(stage.model, World(), config))
+    for plain, compiled in zip(*(stages[c].model.parameters() for c in (False, True)), strict=True):
+        torch.testing.assert_close(compiled.grad, plain.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_layouts_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="shard_size belongs to mode hybrid, and mode is shard"):
+        validate(DistributedConfig, {"mode": "shard", "shard_size": 2}, "test")
+    hybrid = DistributedConfig(mode="hybrid", shard_size=3)
+    with pytest.raises(ValueError, match="shard_size is 3, which does not divide 4 processes"):
+        _mesh(World(0, 4), hybrid, torch.device("cpu"))
+    with pytest.raises(ValueError, match="the launcher does not say how many processes a machine has"):
+        _mesh(World(0, 4), DistributedConfig(mode="hybrid"), torch.device("cpu"))
+    with pytest.raises(ValueError, match="a batch of 8 cannot be split over 3 processes: set batch_size to"):
+        transformer_stage(World(0, 3)).batch(0)
 
 
 # Pictures and contrast

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Others wait while the main process trains a tokenizer or draws a sheet; a dead peer is noticed at once, not by this.
@@ -148,7 +150,9 @@ def joined(world: World, device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=PATIENCE)
+    dist.init_process_group(
+        backend, store=_store(world), rank=world.rank, world_size=world.size, timeout=PATIENCE
+    )
     try:
         yield
         world.wait()  # nobody leaves while another still talks to it
@@ -164,6 +168,13 @@ def joined(world: World, device: torch.device) -> Iterator[None]:
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _store(world: World) -> Store:
+    """What the processes tell each other their addresses by; torchrun's outlives those that it starts again."""
+    store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=PATIENCE))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(f"attempt-{attempt}", store)  # or they would look for the dead ones' addresses
 
 
 def _is_first_to_fail(world: World) -> bool:
