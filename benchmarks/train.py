@@ -30,6 +30,7 @@ from dalle.clip import CLIP
 from dalle.config import load_preset, override, validate
 from dalle.dvae import DiscreteVAE
 from dalle.training.cost import BACKWARD, clip_flops, dvae_flops, transformer_flops
+from dalle.training.distributed import Layout
 from dalle.training.memory import keep_freed_memory
 from dalle.training.optim import OPTIMIZERS, MovingAverage
 from dalle.training.recipe import Optimization, Recipe, clip_config, transformer_config
@@ -93,6 +94,7 @@ def measure(recipe: Recipe, stage: str, variant: str, device: torch.device, upda
         transformer._logits = lambda head, x: torch.nn.functional.linear(x.float(), head.weight.float())
     torch.manual_seed(0)
     model, training, loss_of, flops = workload(recipe, stage, device)
+    Layout(model, config=recipe.distributed)  # blocks compiled or checkpointed, as the recipe says
     optimizer = OPTIMIZERS[training.optimizer](model, training)
     average = MovingAverage(model, training.average_decay)
     parts: dict[str, list[float]] = {"forward": [], "backward": [], "optimizer": []}
