@@ -20,7 +20,7 @@ from dalle.training.distributed import Layout
 from dalle.training.loop import MAX_NON_FINITE, Progress
 from dalle.training.optim import MovingAverage, Plateau, adamw, adamw16
 from dalle.training.precision import BACK_OFF_EVERY, HIGHEST, LOWEST, ResblockScaling, Scales, resblocks
-from dalle.training.recipe import Optimization, Recipe
+from dalle.training.recipe import DistributedConfig, Optimization, Recipe
 from dalle.training.small_floats import SIGNED, UNSIGNED, SmallFloat
 from dalle.transformer import AttentionResblock, Transformer
 from tests.tiny import GRID, N_CODES, N_TEXT, tiny_transformer
@@ -204,6 +204,31 @@ def test_an_overflow_stays_in_its_own_block_and_skips_the_update(overflowing: in
     expected = [13_001] * 4
     expected[overflowing] = 39_500
     assert scaling.scales.steps == expected
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch's compiler warns of its own doings
+@pytest.mark.parametrize("how", ["recomputed", "compiled"])
+def test_blocks_that_are_recomputed_or_compiled_whole_have_the_same_gradients(how: str) -> None:
+    found = []
+    for is_plain in (True, False):
+        model = model_of()
+        scaling = ResblockScaling(model)
+        if how == "recomputed" and not is_plain:
+            Layout(model, config=DistributedConfig(checkpoint_blocks=True))
+        elif not is_plain:
+            for layer in model.layers:
+                layer.forward = torch.compile(layer.forward, backend="aot_eager", fullgraph=True)
+        for bits in (13, 10):  # the second scales were not there when it was compiled
+            state = scaling.state()
+            scaling.restore(state | {"steps": [bits * precision.STEPS_PER_BIT] * 4})
+            model.zero_grad()
+            model.loss(*batch_of()).total.backward()
+            found.append(gradients(model))
+    for plain, other in zip(found[:2], found[2:], strict=True):
+        for name, gradient in plain.items():
+            torch.testing.assert_close(other[name], gradient, rtol=1e-3, atol=1e-3)
+    ratio = found[0]["layers.1.mlp.expand.weight"].norm() / found[1]["layers.1.mlp.expand.weight"].norm()
+    assert float(ratio) == pytest.approx(8, rel=0.02)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
