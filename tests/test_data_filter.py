@@ -107,6 +107,8 @@ def test_every_date_format_is_boilerplate(date: str) -> None:
         ("桌子上的红苹果", "zh"),
         ("テーブルの上の赤いりんご", "ja"),
         ("탁자 위의 빨간 사과", "ko"),
+        ("a pea pod, a van and no bicycles", "en"),  # words of other languages too
+        ("a no piracy sign, mostly red, firefox os style", "en"),
         ("red apple, flat fluent style", None),
         ("café crème brûlée", None),
         ("1234 !!", None),

@@ -13,11 +13,11 @@ MIN_VOTES = 2  # of another language, and more than English has
 
 WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
 
-# Frequent words that are none in English; a word of several languages votes for all of them.
+# Frequent words; one of several languages votes for all of them, but one that English has as well for English alone.
 FUNCTION_WORDS = {
     "en": (
         "the a an of and in on with to for from by at is are was were it its this that these those his her their he she "
-        "they as or not be has have which while near over under into next behind front"
+        "they as or no not be has have so we you which while near over under into next behind front"
     ),
     "de": (
         "der die das den dem des ein eine einen einem einer eines und ist sind war auf mit für von zu im am beim nicht auch "
@@ -55,7 +55,8 @@ FUNCTION_WORDS = {
     "hu": "a az egy és van vannak nem is alatt fölött mellett előtt között hogy aki ami",
     "ro": "și un o este sunt în pe cu pentru din la de care sub lângă între nu se",
 }
-WORDS = {language: frozenset(words.split()) for language, words in FUNCTION_WORDS.items()}
+ENGLISH = frozenset(FUNCTION_WORDS["en"].split())
+OTHERS = {code: frozenset(words.split()) - ENGLISH for code, words in FUNCTION_WORDS.items() if code != "en"}
 SCRIPTS = {"CYRILLIC": "ru", "GREEK": "el", "HEBREW": "he", "ARABIC": "ar", "DEVANAGARI": "hi", "THAI": "th"}
 SCRIPTS |= {"CJK": "zh", "HIRAGANA": "ja", "KATAKANA": "ja", "HANGUL": "ko"}
 
@@ -68,8 +69,8 @@ def language_of(caption: str) -> str | None:
         kana = next((script for script in ("HIRAGANA", "KATAKANA") if script in foreign), None)
         return SCRIPTS.get(kana or foreign.most_common(1)[0][0], "und")
     words = WORD.findall(caption.lower())
-    votes = {language: sum(word in known for word in words) for language, known in WORDS.items()}
-    english = votes.pop("en")
+    english = sum(word in ENGLISH for word in words)
+    votes = {language: sum(word in known for word in words) for language, known in OTHERS.items()}
     best = max(votes, key=lambda language: votes[language])
     if votes[best] >= MIN_VOTES and votes[best] > english:
         return best
