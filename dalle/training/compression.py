@@ -6,9 +6,9 @@ completes the gradient P Q^T; what that lacks of E stays behind for the next upd
 paper Q0 is a Gaussian drawn once, P gets 1e-6 of the identity before it is orthogonalised by Householder reflections
 (`torch.linalg.qr`), and a block's factors travel together. Gains, biases, embeddings and heads are sent as they are.
 
-When it pays: where replicas are joined by a slow link. The paper's 12 billion parameters on one 100 Gb/s port a machine
-took about 4 s an update to average, compressed 0.6 s; at 400 Gb/s for each GPU the plain sum hides behind the backward
-pass, and compression only costs. It is off unless a recipe sets it.
+When it pays: where replicas are joined by a slow link. Over one 100 Gb/s port a machine, averaging the paper's 12 billion
+parameters takes 3.9 s an update, compressed 0.7 s, as `dalle plan --preset paper` reckons; at 400 Gb/s for each GPU the
+plain sum hides behind the backward pass, and compression only costs. It is off unless a recipe sets it.
 
 PyTorch's own hook (`ddp_comm_hooks.powerSGD_hook`) is for DDP alone, keeps its state by buckets, which DDP lays out
 anew after a restart, and knows no fixed Q0: so one implementation serves both DDP and the shards of FSDP2 here, with
@@ -66,11 +66,11 @@ class Compressor:
     @torch.no_grad()
     def mean_(self, gradients: dict[Part, Tensor]) -> None:
         """Put into each gradient its mean over the replicas, or what its factors tell of it; NaN if it is not finite."""
-        thin = {part: gradient for part, gradient in gradients.items() if self._pays(part, gradient)}
+        thin = {part: gradient for part, gradient in gradients.items() if self.pays(part, gradient)}
         plain = [gradient for part, gradient in gradients.items() if part not in thin]
         self.n_plain += sum(gradient.numel() for gradient in gradients.values())
         if plain:
-            self._average_(plain)
+            self.average_(plain)
         if thin:
             self._approximate_(thin)
 
@@ -105,13 +105,14 @@ class Compressor:
             flat += self._held.pop(key)
         return True
 
-    def _pays(self, part: Part, gradient: Tensor) -> bool:
+    def pays(self, part: Part, gradient: Tensor) -> bool:
+        """Whether the factors of a gradient are sent in its place."""
         if part.n_matrices == 0 or gradient.numel() == 0:
             return False
         is_thin = numbers_sent(gradient.shape, part.n_matrices, self.settings.rank) < gradient.numel()
         return is_thin or self.settings.always
 
-    def _average_(self, tensors: list[Tensor]) -> None:
+    def average_(self, tensors: list[Tensor]) -> None:
         """One all-reduce for all of them."""
         if len(tensors) == 1 and tensors[0].is_contiguous():
             flat = tensors[0]
@@ -132,11 +133,11 @@ class Compressor:
             e, is_finite = self._pending(part, gradient)  # (S, M, N)
             pending.append(e)
             firsts.append(torch.where(is_finite, e @ self._start(e), torch.nan))  # P (S, M, R)
-        self._average_(firsts)
+        self.average_(firsts)
         are_finite = torch.stack([p.isfinite().all() for p in firsts]).all()  # in any replica
         bases = [orthogonal(torch.where(are_finite, p, 0.0)) for p in firsts]  # (S, M, R)
         seconds = [e.mT @ p for e, p in zip(pending, bases, strict=True)]  # Q (S, N, R)
-        self._average_(seconds)
+        self.average_(seconds)
         are_finite &= torch.stack([q.isfinite().all() for q in seconds]).all()
         for (part, gradient), e, p, q in zip(gradients.items(), pending, bases, seconds, strict=True):
             mean = p @ q.mT  # (S, M, N)
@@ -209,7 +210,7 @@ def compress_replicas(
 
     def hook(state: Compressor, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
         held = {parts[p]: g for p, g in zip(bucket.parameters(), bucket.gradients(), strict=True)}
-        if not any(state._pays(part, gradient) for part, gradient in held.items()):
+        if not any(state.pays(part, gradient) for part, gradient in held.items()):
             state.n_sent += bucket.buffer().numel()
             state.n_plain += bucket.buffer().numel()
             return allreduce_hook(state.replicas, bucket)  # as without a hook, to the bit
@@ -276,11 +277,11 @@ def _average_shards(compressor: Compressor, fields: list[Field], flat: Tensor) -
         offset += field.n_padded
     if offset != flat.numel():
         raise ValueError(f"{fields[0].part.name}: compression needs all weights trained, and some are frozen")
-    if any(compressor._pays(part, gradient) for part, gradient in gradients.items()):
+    if any(compressor.pays(part, gradient) for part, gradient in gradients.items()):
         compressor.mean_(gradients)
         return
     compressor.n_plain += flat.numel()
-    compressor._average_([flat])  # as FSDP2's own mesh of replicas and shards, to the bit
+    compressor.average_([flat])  # as FSDP2's own mesh of replicas and shards, to the bit
 
 
 def shard_placement(model: nn.Module) -> Callable[[nn.Parameter], Shard | None]:
