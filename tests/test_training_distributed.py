@@ -175,7 +175,7 @@ def test_recomputed_blocks_keep_no_activations_inside() -> None:
 
 
 @needs_compiler
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore")  # the compiler's own, of several kinds
 @pytest.mark.long
 @pytest.mark.parametrize("recomputes", [False, True])
 def test_compiled_blocks_give_the_gradient_of_plain_ones(recomputes: bool) -> None:
