@@ -20,7 +20,7 @@ from dalle.training.distributed import Layout
 from dalle.training.loop import MAX_NON_FINITE, Progress
 from dalle.training.optim import MovingAverage, Plateau, adamw, adamw16
 from dalle.training.precision import BACK_OFF_EVERY, HIGHEST, LOWEST, ResblockScaling, Scales, resblocks
-from dalle.training.recipe import DistributedConfig, Optimization, Recipe
+from dalle.training.recipe import DistributedConfig, Optimization, Recipe, transformer_config
 from dalle.training.small_floats import SIGNED, UNSIGNED, SmallFloat
 from dalle.transformer import AttentionResblock, Transformer
 from tests.tiny import GRID, N_CODES, N_TEXT, tiny_transformer
@@ -239,6 +239,14 @@ def test_a_gradient_that_is_not_finite_is_filtered_on_both_sides_of_a_block(valu
         x.grad = None
         through(x, factor).backward(torch.tensor([1.0, value, -1.0]))
         assert x.grad is not None and x.grad.tolist() == [expected, 0.0, -expected]
+
+
+def test_the_papers_model_has_128_scales() -> None:
+    paper = validate(Recipe, load_preset("paper"), "paper")
+    config = transformer_config(paper.transformer, paper.dvae, 16384, 256)
+    with torch.device("meta"):
+        model = Transformer(config)
+    assert len(list(resblocks(model))) == 128  # B.1
 
 
 def test_a_model_without_resblocks_is_refused() -> None:
