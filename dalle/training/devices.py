@@ -63,7 +63,7 @@ EFFICIENCY = {
     "head_forward": 0.38,  # fp32 products, over the bfloat16 peak
     "head_backward": 0.90,
     "attention": 0.55,  # small batched products, over all pairs of slots: a CPU masks, it does not skip
-    "muon": 0.83,  # small products
+    "muon": 0.95,  # products of the sizes of weights
     "bytes": 0.67,  # element-wise work, over the bandwidth
 }
 # Bytes moved by all that is no matrix product. Of a layer, over what it keeps for its backward pass: norms, casts, GELU,
