@@ -45,7 +45,7 @@ Result = TypeVar("Result")
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a model, outermost ones only, in the order of the model."""
+    """The repeated blocks of a model in its order; none holds another."""
     return [module for module in model.modules() if isinstance(module, BLOCKS)]
 
 
@@ -143,27 +143,13 @@ class Layout:
             gradient.mul_(factor)
         return norm
 
-    def like(self, name: str, held: Tensor) -> Tensor:
-        """What this process holds of a tensor shaped as the state `name`, as the part of a whole that it is."""
-        own = self.model.state_dict()[name]
-        if not isinstance(own, DTensor) or isinstance(held, DTensor):
-            return held
-        return DTensor.from_local(
-            held.to(own.device),
-            own.device_mesh,
-            own.placements,
-            run_check=False,
-            shape=own.shape,
-            stride=own.stride(),
-        )
-
     def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The whole of each of the model's state tensors, on the main process and its CPU; nothing on the others."""
         if not self.is_sharded:
             return tensors if self.world.is_main else {}
-        gathered = {}
+        gathered, state = {}, self.model.state_dict()
         for name, tensor in tensors.items():
-            part = self.like(name, tensor)
+            part = part_like(state[name], tensor)
             full = part.full_tensor() if isinstance(part, DTensor) else part
             if self.world.is_main:
                 gathered[name] = full.detach().cpu()
@@ -191,6 +177,20 @@ class Layout:
             yield True
         finally:
             stage.model = sharded
+
+
+def part_like(own: Tensor, held: Tensor) -> Tensor:
+    """What this process holds of a tensor, as the part of a whole that `own`, of the same shape, is."""
+    if not isinstance(own, DTensor) or isinstance(held, DTensor):
+        return held
+    return DTensor.from_local(
+        held.to(own.device),
+        own.device_mesh,
+        own.placements,
+        run_check=False,
+        shape=own.shape,
+        stride=own.stride(),
+    )
 
 
 class _Call(nn.Module):

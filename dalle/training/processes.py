@@ -178,12 +178,12 @@ def _store(world: World) -> Store:
 
 
 def _is_first_to_fail(world: World) -> bool:
-    """Whether no other process failed before; where the store is gone with its process, that one did."""
+    """Whether no other process failed before, as far as this one can tell: a store may be gone with its process."""
     try:
         store = dist.distributed_c10d._get_default_store()
         first: Any = store.compare_set(FAILED, "", str(world.rank))
     except RuntimeError:
-        return False
+        return True
     return bool(first.decode() == str(world.rank))
 
 

@@ -47,7 +47,7 @@ class Optimization(Config):
     """Settings that every stage shares: length, batches, AdamW, averaging, and how often to look."""
 
     steps: int = Field(ge=1)  # updates
-    batch_size: int = Field(ge=1)  # pictures a micro-batch
+    batch_size: int = Field(ge=1)  # pictures a micro-batch, of all processes together
     accumulation: int = Field(1, ge=1)  # micro-batches an update
     learning_rate: float = Field(gt=0)  # peak
     final_learning_rate: float = Field(ge=0)

@@ -25,7 +25,7 @@ from dalle import weights
 from dalle.training import checkpoint
 from dalle.training.adamw16 import local_part
 from dalle.training.checkpoint import FILES
-from dalle.training.distributed import Layout
+from dalle.training.distributed import Layout, part_like
 from dalle.training.optim import MovingAverage
 from dalle.training.processes import AgreedStop
 
@@ -122,11 +122,11 @@ class Checkpoints:
 
     def _tensors(self) -> dict[str, Tensor]:
         """Everything to keep, by names that do not depend on the number of processes."""
-        model, layout = self.layout.model, self.layout
-        tensors = {f"weights/{name}": tensor for name, tensor in model.state_dict().items()}
+        state = self.layout.model.state_dict()
+        tensors = {f"weights/{name}": tensor for name, tensor in state.items()}
         for name, tensor in self.average.tensors.items():
-            tensors[f"average/{name}"] = layout.like(name, tensor)
-        for name, parameter in model.named_parameters():
+            tensors[f"average/{name}"] = part_like(state[name], tensor)
+        for name, parameter in self.layout.model.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer/{name}/{key}"] = torch.as_tensor(value)
         for name, error in (self.layout.compressor.tensors() if self.layout.compressor else {}).items():
@@ -151,10 +151,8 @@ class Checkpoints:
             for name, entry in stored.items()
             if name.startswith(self._own_errors) and isinstance(entry, TensorStorageMetadata)
         }
-        if self.layout.compressor is not None:
-            self.layout.compressor.restore(
-                errors
-            )  # empty with another number of processes: they start at zero
+        if self.layout.compressor is not None:  # none with another number of processes: they start at zero
+            self.layout.compressor.restore(errors)
         self._make_moments(
             {
                 name: (entry.size, entry.properties.dtype)
@@ -178,7 +176,8 @@ class Checkpoints:
         for name, tensor in tensors.items():
             whole = found[name].to(tensor.device)
             if isinstance(tensor, DTensor):
-                whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements).to_local()
+                mesh, placements = tensor.device_mesh, tensor.placements
+                whole = distribute_tensor(whole, mesh, placements, src_data_rank=None).to_local()
             local_part(tensor).detach().copy_(whole)
         self._take_average(tensors)
 
