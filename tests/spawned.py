@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch import distributed as dist
 from torch.multiprocessing import start_processes
 
@@ -22,6 +23,17 @@ def spawn(n: int, function: Callable[..., Any], folder: Path, *arguments: Any) -
     multiprocessing.get_context("forkserver").set_forkserver_preload(list(IMPORTED))
     start_processes(_one, (n, str(folder), function, arguments), nprocs=n, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(n)]
+
+
+def learned(name: str, weight: Tensor) -> Tensor:
+    """A weight without the biases of keys: softmax cancels them, so their gradient is rounding errors and nothing else.
+
+    Adam makes whole steps of such errors, and in fp32 no two ways of summing have the same ones.
+    """
+    if not name.endswith(("qkv.bias", "in_proj_bias")):
+        return weight
+    queries, _, values = weight.chunk(3)
+    return torch.cat([queries, values])
 
 
 def _one(rank: int, n: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

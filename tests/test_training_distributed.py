@@ -1,5 +1,6 @@
 """Several processes train as one would: the same losses and weights, each from its own part of the data."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from dalle.training.optim import OPTIMIZERS, MovingAverage, Plateau
 from dalle.training.processes import World
 from dalle.training.recipe import CLIPTraining, DistributedConfig, DVAETraining, TransformerTraining
 from dalle.training.transformer import Sequences, TransformerStage
-from tests.spawned import spawn
+from tests.spawned import learned, spawn
 from tests.tiny import GRID, N_CODES, needs_compiler, tiny_clip, tiny_dvae, tiny_tokenizer, tiny_transformer
 
 N_PAIRS, UPDATES = 24, 4
@@ -52,6 +53,15 @@ CASES: dict[str, dict[str, Any]] = {
     "shard, Muon": {"mode": "shard"},
     "hybrid, Muon": {"mode": "hybrid", "shard_size": 2},
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors this small gain nothing from a second thread, and wait long for it on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def transformer_stage(world: World, dtype: torch.dtype = torch.float64, **changes: Any) -> TransformerStage:
@@ -241,24 +251,26 @@ def picture_cases(world: World, folder: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def picture_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def picture_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What two processes see in each stage and layout, and what one sees in each stage."""
     folder = tmp_path_factory.mktemp("pictures")
     write_shapes(folder / "data", 24, seed=0)
     (folder / "data" / "000003.png").write_bytes(b"not a picture")
-    return folder, spawn(2, picture_cases, folder / "results", str(folder))[0]
+    found = spawn(2, picture_cases, folder / "results", str(folder))[0]
+    alone = {kind: trained(picture_stage(kind, World(), str(folder)), World(), {}) for kind in KINDS}
+    return {**found, **alone}
 
 
 @pytest.mark.parametrize("mode", ["ddp", "shard"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_dvae_and_clip_train_as_in_one_process_though_a_picture_is_unreadable(
-    kind: str, mode: str, picture_runs: tuple[Path, dict[str, Any]]
+    kind: str, mode: str, picture_runs: dict[str, dict[str, Any]]
 ) -> None:
-    folder, found = picture_runs
-    expected = trained(picture_stage(kind, World(), str(folder)), World(), {})
-    ours = found[f"{kind}, {mode}"]
+    ours, expected = picture_runs[f"{kind}, {mode}"], picture_runs[kind]
     for figures, others in zip(ours["figures"], expected["figures"], strict=True):
         for name in ("loss", "gradient_norm"):
             assert figures[name] == pytest.approx(others[name], rel=1e-4)
     for name, tensor in expected["weights"].items():
-        torch.testing.assert_close(ours["weights"][name], tensor, rtol=1e-5, atol=1e-5)
+        found = learned(name, ours["weights"][name])
+        torch.testing.assert_close(found, learned(name, tensor), rtol=1e-5, atol=1e-5)
     assert ours["validation"] == pytest.approx(expected["validation"], rel=1e-3)

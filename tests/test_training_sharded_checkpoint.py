@@ -17,7 +17,9 @@ from dalle.training.processes import World
 from dalle.training.recipe import DistributedConfig
 from dalle.training.transformer import TransformerStage
 from tests.spawned import spawn
-from tests.test_training_distributed import transformer_stage
+from tests.test_training_distributed import one_thread, transformer_stage
+
+__all__ = ["one_thread"]  # a fixture of this module too
 
 CASES: dict[str, dict[str, Any]] = {
     "ddp": {"mode": "ddp"},
