@@ -91,6 +91,16 @@ def _device(name: str | None) -> Any:
     return device
 
 
+def _launched(device: str | None) -> tuple[Any, Any]:
+    """This process's place among those of a launcher such as torchrun, and its device; only the main one speaks."""
+    from dalle.training.processes import ALONE, device_of, world_of_launcher
+
+    world = world_of_launcher() or ALONE
+    if not world.is_main:
+        logging.disable(logging.WARNING)
+    return world, device_of(world, _device(device))
+
+
 def _dtype(name: str, device: Any) -> Any:
     import torch
 
@@ -261,31 +271,38 @@ def train(
     from dalle.model_folder import bundled_folder
     from dalle.training.loop import Stopped
     from dalle.training.memory import keep_freed_memory
+    from dalle.training.processes import joined
     from dalle.training.recipe import Recipe
     from dalle.training.train import STAGES
     from dalle.training.train import train as run
 
-    recipe = validate(Recipe, override(load_preset(preset), settings or []), preset)
-    chosen = STAGES if stages == "all" else tuple(part.strip() for part in stages.split(","))
-    start = bundled_folder() if init_from == "bundled" else Path(init_from) if init_from else None
-    place = _device(device)
+    world, place = _launched(device)
     if place.type == "cpu":
         keep_freed_memory()
     try:
-        folder = run(
-            data,
-            out,
-            recipe,
-            init_from=start,
-            stages=chosen,
-            device=place,
-            dtype=_dtype(dtype, place),
-            quiet=quiet,
-        )
+        with joined(world, place):
+            recipe = validate(Recipe, override(load_preset(preset), settings or []), preset)
+            folder = run(
+                data,
+                out,
+                recipe,
+                init_from=bundled_folder()
+                if init_from == "bundled"
+                else Path(init_from)
+                if init_from
+                else None,
+                stages=STAGES if stages == "all" else tuple(part.strip() for part in stages.split(",")),
+                device=place,
+                dtype=_dtype(dtype, place),
+                quiet=quiet,
+                world=world,
+            )
     except Stopped as stop:
-        print(f"dalle: {stop}", file=sys.stderr)
+        if world.is_main:
+            print(f"dalle: {stop}", file=sys.stderr)
         raise typer.Exit(128 + stop.signal_number) from None
-    _print_folder(folder, as_json)
+    if world.is_main:
+        _print_folder(folder, as_json)
 
 
 @app.command()
@@ -301,16 +318,30 @@ def encode(
     """Encode pictures to tokens once; the same command goes on where it stopped."""
     _log_to_stderr(as_json)
     from dalle.data.pairs import read_pairs
-    from dalle.data.tokens import encode_pairs
+    from dalle.data.tokens import TokenStore, encode_part
     from dalle.pipeline import DallePipeline
+    from dalle.training.processes import joined
 
-    if crop not in ("center", "paper"):
-        raise ValueError(f"--crop {crop!r} is unknown: use center or paper")
-    pairs = read_pairs(data)
-    pairs.require_mostly_good()
-    dvae = DallePipeline.from_pretrained(model).dvae.to(_device(device))
-    with _rows_bar("encoding", as_json) as progress:
-        store = encode_pairs(pairs, dvae, out, crop=crop, seed=seed, progress=progress)  # type: ignore[arg-type]
+    world, place = _launched(device)
+    with joined(world, place), _rows_bar("encoding", as_json or not world.is_main) as progress:
+        if crop not in ("center", "paper"):
+            raise ValueError(f"--crop {crop!r} is unknown: use center or paper")
+        pairs = read_pairs(data)
+        pairs.require_mostly_good()
+        dvae = DallePipeline.from_pretrained(model).dvae.to(place)
+        folder = encode_part(
+            pairs,
+            dvae,
+            out,
+            crop=crop,  # type: ignore[arg-type]
+            seed=seed,
+            progress=progress,
+            rank=world.rank,
+            n_processes=world.size,
+        )
+    if not world.is_main:
+        return
+    store = TokenStore(folder)
     summary = {
         "folder": str(store.folder),
         "pictures": len(store.valid),
@@ -506,6 +537,36 @@ def classify(
         print(f"{row['path']}  {row['label']}  {row['probability']:.3f}")
 
 
+@app.command()
+def plan(
+    preset: Annotated[str, typer.Option(help="tiny, laptop, gpu, paper, or a .toml file.")],
+    gpus: Annotated[int | None, typer.Option(help="Devices; several numbers of them if left out.")] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="h100, a100, v100 or cpu; the three GPUs if left out.")
+    ] = None,
+    mfu: Annotated[
+        float | None, typer.Option(help="Share of the GPU's peak that training reaches, 0..1.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="K=V", help="Override a setting.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a run will need before it is started: parameters, memory, FLOPs, tokens a second, days."""
+    _log_to_stderr(as_json)
+    from dalle.config import load_preset, override, validate
+    from dalle.training.plan import make_plan
+    from dalle.training.plan_table import lines
+    from dalle.training.recipe import Recipe
+
+    recipe = validate(Recipe, override(load_preset(preset), settings or []), preset)
+    made = make_plan(recipe, gpus, gpu, mfu)
+    if as_json:
+        _print_json(made.to_json())
+    else:
+        print("\n".join(lines(made)))
+
+
 @app.command(name="import")
 def import_checkpoint(
     kind: Annotated[str, typer.Argument(help="openai-dvae, openai-clip, hf-clip or open-clip.")],
@@ -566,6 +627,50 @@ def inspect(
     from dalle.data.pairs import read_pairs
 
     found = look(read_pairs(data))
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        print("\n".join(found.lines()))
+
+
+@data_app.command(name="filter")
+def filter_data(
+    data: Annotated[str, typer.Argument(help="Any data set that `dalle train` reads.")],
+    out: Annotated[Path, typer.Option(help="New folder; it names the pairs, and copies no picture.")],
+    against: Annotated[
+        list[str] | None, typer.Option(help="A further evaluation set, whose pictures train must not hold.")
+    ] = None,
+    ranker: Annotated[
+        str | None, typer.Option("--ranker", help="Compare by this CLIP, not by perceptual hashes.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="K=V",
+            help="min_words, languages, drop_boilerplate, max_aspect_ratio, drop_duplicates, similarity.",
+        ),
+    ] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """The paper's filters, and no training picture that an evaluation set holds: a data set that train reads."""
+    _log_to_stderr(as_json)
+    from dalle.config import override, validate
+    from dalle.data.filters import FilterSettings, filter_pairs
+    from dalle.data.pairs import read_pairs
+    from dalle.generation.rerank import Ranker
+    from dalle.model_folder import model_folder
+
+    chosen = validate(FilterSettings, override({}, settings or []), "filter")
+    judge = None if ranker is None else Ranker.from_pretrained(model_folder(ranker))
+    if judge is not None:
+        judge.clip.to(_device(device))
+    pairs = read_pairs(data)
+    others = [read_pairs(other) for other in against or []]
+    describe = None if judge is None else judge.describe
+    with _rows_bar("filtering", as_json) as progress:
+        found = filter_pairs(pairs, out, chosen, against=others, describe=describe, progress=progress)
     if as_json:
         _print_json(found.to_json())
     else:

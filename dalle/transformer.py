@@ -337,13 +337,14 @@ class Transformer(nn.Module):
 
 
 def _logits(head: nn.Linear, x: Tensor) -> Tensor:
-    """Applies a head in fp32 whatever the model's dtype: 16-bit logits shift the loss (appendix D.2)."""
+    """Applies a head in fp32 or better whatever the model's dtype: 16-bit logits shift the loss (appendix D.2)."""
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
     with torch.autocast(x.device.type, enabled=False):
         if dtype is not None and x.requires_grad and head.weight.requires_grad:
             mixed: Tensor = _MixedLinear.apply(x.float(), head.weight.float(), dtype)  # type: ignore[no-untyped-call]
             return mixed
-        return F.linear(x.float(), head.weight.float())
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.linear(x.to(wide), head.weight.to(wide))
 
 
 class _MixedLinear(torch.autograd.Function):

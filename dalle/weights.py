@@ -116,18 +116,17 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         raise _write_error(path, error) from error
     try:
         yield temporary
-        try:
-            for folder, _, files in os.walk(temporary, topdown=False):
-                for name in files:
-                    _sync(Path(folder, name))
-                _sync(Path(folder))
-            os.rename(temporary, path)
-        except OSError as error:
-            raise _write_error(path, error) from error
+        _rename_synced(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync_parent(path)
+
+
+def publish_folder(temporary: str | Path, path: str | Path) -> None:
+    """Give a folder that several processes have filled its name, synced. Raises OSError where the disk refuses."""
+    _rename_synced(Path(temporary), Path(path))
+    _sync_parent(Path(path))
 
 
 # Checked reads
@@ -175,18 +174,27 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 # Manifest
 
 
-def write_manifest(folder: str | Path, files: Iterable[str] | None = None) -> None:
-    """Write manifest.json: sha256 and size of `files` (paths below `folder`).
+def manifest_entry(path: str | Path) -> ManifestEntry:
+    """What a manifest says of a file; ValueError for a missing one."""
+    path = _existing(path)
+    return ManifestEntry(sha256=file_sha256(path), bytes=path.stat().st_size)
+
+
+def write_manifest(
+    folder: str | Path,
+    files: Iterable[str] | None = None,
+    known: Mapping[str, ManifestEntry] | None = None,
+) -> None:
+    """Write manifest.json: sha256 and size of `files` (paths below `folder`), and what is `known` already.
 
     The default is every weight, config and tokenizer file, save those of the training run under `run/`.
     Raises ValueError for a file that is missing or outside the folder. Errors of `write_bytes`.
     """
     folder = Path(folder)
-    entries: dict[str, ManifestEntry] = {}
+    entries: dict[str, ManifestEntry] = dict(known or {})
     for name in sorted(_model_files(folder) if files is None else files):
         _check_inside(name, f"{folder / MANIFEST}")
-        path = _existing(folder / name)
-        entries[name] = ManifestEntry(sha256=file_sha256(path), bytes=path.stat().st_size)
+        entries[name] = manifest_entry(folder / name)
     write_json(folder / MANIFEST, Manifest(format=1, files=entries).model_dump())
 
 
@@ -298,6 +306,17 @@ def _write_all(descriptor: int, data: bytes) -> None:
     view = memoryview(data)
     while view:  # one call writes 2 GiB at most
         view = view[os.write(descriptor, view) :]
+
+
+def _rename_synced(temporary: Path, path: Path) -> None:
+    try:
+        for folder, _, files in os.walk(temporary, topdown=False):
+            for name in files:
+                _sync(Path(folder, name))
+            _sync(Path(folder))
+        os.rename(temporary, path)
+    except OSError as error:
+        raise _write_error(path, error) from error
 
 
 def _make_folder(folder: Path) -> None:

@@ -557,7 +557,7 @@ def test_encode_writes_a_store_and_goes_on_where_it_stopped(
     first = run("encode", data, "--model", model, "--out", tmp_path, "--json")
     found = json.loads(first.out)
     assert (first.code, found["pictures"], found["bad"]) == (0, 16, 0)
-    assert (Path(found["folder"]) / "tokens.npy").is_file()
+    assert (Path(found["folder"]) / "tokens-00000.npy").is_file()
     assert (
         run("encode", data, "--model", model, "--out", tmp_path).out
         == f"{found['folder']}: 16 pictures, 0 bad\n"

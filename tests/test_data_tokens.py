@@ -1,7 +1,9 @@
 """The token store: exact, resumable, and apart for each dVAE, data set, crop and seed."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 from dalle import images
 from dalle.data.pairs import PairSet, read_pairs
 from dalle.data.shapes import write_shapes
-from dalle.data.tokens import TokenStore, encode_pairs
+from dalle.data.tokens import TokenStore, encode_pairs, encode_part
 from dalle.dvae import DiscreteVAE, DVAEConfig
 
 
@@ -39,10 +41,53 @@ class Killed(Exception):
     pass
 
 
+def contents(store: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in store.iterdir()}
+
+
+def test_processes_encode_apart_what_one_encodes_and_any_number_goes_on(
+    tmp_path: Path, pairs: PairSet
+) -> None:
+    dvae = make_dvae()
+    shapes: dict[str, Any] = {"crop": "paper", "seed": 0, "batch_size": 2, "shard_size": 6}
+    whole = encode_part(pairs, dvae, tmp_path / "whole", **shapes)
+
+    def kill_after(n_done: int, total: int) -> None:
+        assert total == {0: 16, 1: 12, 2: 12}[rank]  # shards 0, 3, 6 and 1, 4 and 2, 5 of 6, the last of 4
+        if rank == 1 and n_done >= 8:
+            raise Killed
+
+    for rank in (2, 1, 0):
+        context = pytest.raises(Killed) if rank == 1 else nullcontext()
+        with context:
+            store = encode_part(
+                pairs, dvae, tmp_path / "apart", rank=rank, n_processes=3, progress=kill_after, **shapes
+            )
+    with pytest.raises(ValueError, match="holds 34 of 40 pictures"):  # shard 4 was begun and not finished
+        TokenStore(store)
+    seen: list[tuple[int, int]] = []
+    for rank in (0, 1):  # as two now
+        encode_part(
+            pairs,
+            dvae,
+            tmp_path / "apart",
+            rank=rank,
+            n_processes=2,
+            progress=lambda n_done, total: seen.append((n_done, total)),
+            **shapes,
+        )
+    assert [n for n, _ in seen] == [14, 16, 18], "nothing that was done is encoded again"
+    assert contents(store) == contents(whole)
+    tokens = TokenStore(store).tokens
+    assert [grid.tolist() for grid in tokens.take([39, 0, 7])] == [tokens[i].tolist() for i in (39, 0, 7)]
+    with pytest.raises(IndexError):
+        tokens[40]
+
+
 def test_stored_tokens_equal_those_of_each_picture_encoded_alone(tmp_path: Path, pairs: PairSet) -> None:
     dvae = make_dvae()
     store = encode_pairs(pairs, dvae, tmp_path, crop="center", seed=0, batch_size=7)
-    assert store.tokens.shape == (40, 2, 2) and store.tokens.dtype == np.uint16
+    assert store.tokens.shape == (40, 2, 2) and store.tokens[0].dtype == np.uint16
     assert store.keys == [pair.key for pair in pairs]
     assert store.valid.tolist() == list(range(40))
     for pair, tokens in zip(pairs, store.tokens, strict=True):
@@ -56,7 +101,7 @@ def test_paper_crops_depend_on_seed_and_key_and_not_on_the_batch(tmp_path: Path,
 
     def stored(folder: str, pairs: PairSet, seed: int, batch_size: int) -> list[list[list[int]]]:
         made = encode_pairs(pairs, dvae, tmp_path / folder, crop="paper", seed=seed, batch_size=batch_size)
-        return made.tokens.tolist()
+        return [grid.tolist() for grid in made.tokens]
 
     reference = stored("a", pairs, seed=3, batch_size=64)
     assert stored("b", pairs, seed=3, batch_size=9) == reference
@@ -90,7 +135,7 @@ def test_a_killed_encoding_goes_on_where_it_stopped(tmp_path: Path, pairs: PairS
         progress=lambda n_done, total: seen.append(n_done),
     )
     assert seen[0] == 18 and seen[-1] == 40
-    assert (resumed.folder / "tokens.npy").read_bytes() == (whole.folder / "tokens.npy").read_bytes()
+    assert contents(resumed.folder) == contents(whole.folder)
     assert resumed.folder.name == whole.folder.name
 
 

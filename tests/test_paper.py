@@ -48,7 +48,7 @@ def test_preset_paper_sets_the_papers_numbers() -> None:
     assert (second.batch_size * second.accumulation, second.steps) == (1024, 430_000)  # B.2
     assert (first.crop, second.crop) == ("paper", "paper")
     assert (first.average_decay, first.average_every) == (0.999, 1)
-    assert (second.average_decay, second.average_every) == (0.99, 25)
+    assert (second.average_decay, second.average_every, second.average_on_cpu) == (0.99, 25, True)
     assert (first.beta2, first.weight_decay, first.clip_norm) == (0.999, 1e-4, None)
     assert (second.beta2, second.weight_decay, second.clip_norm) == (0.96, 4.5e-2, 4.0)
     assert (second.bpe_dropout, second.caption_dropout) == (0.1, 0.0)

@@ -40,8 +40,8 @@ from dalle.cli import main
 
 stage, step, place, number = sys.argv.pop(1).split(":")
 update, write_manifest = loop.update, weights.write_manifest
-def dying_update(current, optimizer, plateau, progress, dtype):
-    result = update(current, optimizer, plateau, progress, dtype)
+def dying_update(current, optimizer, plateau, progress, *rest):
+    result = update(current, optimizer, plateau, progress, *rest)
     if place == "update" and current.name == stage and progress.step == int(step):
         os.kill(os.getpid(), int(number))
     return result

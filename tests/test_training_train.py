@@ -309,7 +309,7 @@ def test_a_dvae_trained_anew_as_told_makes_the_transformer_stale_half_trained_or
 ) -> None:
     slower = "dvae_training.learning_rate=1e-4"  # stands for a GPU, where no two runs are alike
     config = weights.read_json(copy / "run" / "config.json")
-    config["recipe"] = recipe(slower).model_dump(mode="json")
+    config["recipe"] = recipe(slower).identity()
     weights.write_json(copy / "run" / "config.json", config)
     if not is_finished:  # as a kill before the last stage's end leaves it
         records = weights.read_json(copy / "run" / "stages.json")

@@ -19,7 +19,7 @@ from typing import overload
 from PIL.Image import Image
 
 from dalle import images
-from dalle.data import layouts, parquet, shards
+from dalle.data import layouts, parquet, selection, shards
 from dalle.data.layouts import BadSample
 
 HELD_OUT_FRACTION = 0.02  # of the pairs whose layout names no split
@@ -31,7 +31,8 @@ LOOKED_FOR = (
     f"looked for metadata.jsonl, .csv, .tsv or .parquet (file_name and one of {', '.join(layouts.CAPTION_COLUMNS)}), "
     "*.tar shards (x.jpg with x.txt, x.caption or x.json), *.parquet tables with the pictures in them (image with "
     "bytes, and a caption column as above), a COCO captions .json (images and annotations), "
-    "and pictures (jpg, png, webp, gif, bmp) with a .txt of the same name beside each"
+    "pictures (jpg, png, webp, gif, bmp) with a .txt of the same name beside each, "
+    "and what `dalle data filter` wrote"
 )
 
 
@@ -175,7 +176,8 @@ def read_pairs(source: str | Path) -> PairSet:
     """Read a data set, finding out its layout; no picture is opened.
 
     `source` is a folder with a metadata table, tar shards, parquet tables with the pictures in them, a COCO
-    captions file, or pictures with .txt beside them (the first of these that is there is read); or one such
+    captions file, or pictures with .txt beside them (the first of these that is there is read), or what
+    `dalle data filter` wrote; or one such
     table, shard or COCO file; or the id of a data set on the Hugging Face Hub (`owner/name`; a path that exists
     goes first). Of several caption columns the first of `layouts.CAPTION_COLUMNS` is read. ValueError when the
     source is missing and when no captions are found. Bad samples are listed in `PairSet.bad`.
@@ -236,6 +238,8 @@ def _rows(path: Path) -> layouts.Rows:
     """The samples of a folder or a file, by the layout that it has."""
     if not path.is_dir():
         return _rows_of_file(path)
+    if selection.is_selection(path):
+        return selection.read_selection(path)
     files = layouts.list_files(path)
     metadata = [
         name

@@ -1,6 +1,10 @@
-"""The token store: every picture of a data set as dVAE tokens, encoded once, on disk.
+"""The token store: every picture of a data set as dVAE tokens, encoded once, on disk, in shards of pictures.
 
-Source: the second training stage sees images only as tokens (paper section 2, App. B.2, Listing 2).
+Source: the second training stage sees images only as tokens (paper section 2, App. B.2, Listing 2). Any number of
+processes encode, each the shards whose number it leaves as a remainder; each shard goes on where it was stopped, by
+as many processes as before or by others.
+
+FOLDER/tokens/HASH/  store.json  tokens-SHARD.npy  progress-SHARD.json
 Shapes: M pictures, B batch, G grid side.
 """
 
@@ -24,13 +28,40 @@ from dalle.dvae import DiscreteVAE
 
 Crop = Literal["paper", "center", "near"]  # Listing 2; the whole central square; nearly the whole of it
 
-FORMAT = 1  # of a store; part of its settings
-BATCHES_PER_FLUSH = 8  # what a kill can cost at most
+FORMAT = 2  # of a store; part of its settings
+BATCHES_PER_FLUSH = 8  # what a kill can cost each process at most
 N_READERS = 8  # threads that decode and crop pictures while the dVAE encodes
+MIN_SHARD, MAX_SHARD, N_SHARDS = 256, 16384, 64  # pictures a shard, and how many shards that is meant to give
+
+
+class Tokens:
+    """Rows of token grids (G, G) uint16 on disk, read where they lie: only those that are asked for, in any order."""
+
+    def __init__(self, shards: Sequence[NDArray[np.uint16]], rows: NDArray[np.int64]) -> None:
+        """`shards` (rows a shard, G, G), all as long as the first but the last; `rows` numbers those in the view."""
+        self._shards, self._rows = shards, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(M, G, G)."""
+        return (len(self), *self._shards[0].shape[1:])
+
+    def __getitem__(self, index: int) -> NDArray[np.uint16]:
+        """The grid (G, G) of a row; IndexError for one that is not there."""
+        shard, offset = divmod(int(self._rows[index]), len(self._shards[0]))
+        grid: NDArray[np.uint16] = self._shards[shard][offset]
+        return grid
+
+    def take(self, indices: Sequence[int]) -> "Tokens":
+        """A view of some rows, in the order given."""
+        return Tokens(self._shards, self._rows[np.asarray(indices, dtype=np.int64)])
 
 
 class TokenStore:
-    """A finished store: `tokens` (M, G, G) uint16 memory map, `keys` of its rows, `valid` row numbers.
+    """A finished store: its `tokens` (M, G, G), the `keys` of their rows, `valid` row numbers.
 
     Rows of pictures that could not be read are zero and not in `valid`. `settings` says what made the store.
     Raises ValueError when the folder holds no finished store.
@@ -41,20 +72,20 @@ class TokenStore:
         if not (self.folder / "store.json").is_file():
             raise ValueError(f"{folder} holds no token store: encode the pictures first")
         description = weights.read_json(self.folder / "store.json")
-        progress = weights.read_json(self.folder / "progress.json")
         self.keys: list[str] = description["keys"]
         self.settings: dict[str, object] = description["settings"]
-        if progress["n_done"] != len(self.keys):
-            raise ValueError(
-                f"{folder} holds {progress['n_done']} of {len(self.keys)} pictures: encode again to go on"
-            )
-        self.tokens: NDArray[np.uint16] = np.load(self.folder / "tokens.npy", mmap_mode="r")  # (M, G, G)
-        if len(self.tokens) != len(self.keys):
-            raise ValueError(
-                f"{folder} is damaged: {len(self.tokens)} rows for {len(self.keys)} keys; delete it"
-            )
+        parts = _shards(len(self.keys), description["shard_size"])
+        found = [_read_progress(self.folder, shard) for shard in range(len(parts))]
+        n_done = sum(n for n, _ in found)
+        if n_done != len(self.keys):
+            raise ValueError(f"{folder} holds {n_done} of {len(self.keys)} pictures: encode again to go on")
+        shards = [np.load(_file(self.folder, shard), mmap_mode="r") for shard in range(len(parts))]
+        if [len(shard) for shard in shards] != [len(part) for part in parts]:
+            n_rows = sum(len(shard) for shard in shards)
+            raise ValueError(f"{folder} is damaged: {n_rows} rows for {len(self.keys)} keys; delete it")
+        self.tokens = Tokens(shards, np.arange(len(self.keys)))
         is_valid = np.ones(len(self.keys), dtype=bool)
-        is_valid[progress["invalid"]] = False
+        is_valid[[row for _, invalid in found for row in invalid]] = False
         self.valid: NDArray[np.int64] = np.flatnonzero(is_valid)
 
     def __len__(self) -> int:
@@ -71,11 +102,33 @@ def encode_pairs(
     batch_size: int = 64,
     progress: Callable[[int, int], None] | None = None,
 ) -> TokenStore:
-    """Encode all pictures into `folder`/tokens/HASH/; HASH stands for dVAE, pairs, crop and seed.
+    """Encode all pictures in this process: `encode_part` and the store that it gives."""
+    return TokenStore(
+        encode_part(pairs, dvae, folder, crop=crop, seed=seed, batch_size=batch_size, progress=progress)
+    )
 
-    A store that was left unfinished is continued, a finished one is returned. `progress` is called with the
-    number of pictures done and of all. Unreadable pictures and the samples that `pairs` skipped go to
-    `folder`/bad_samples.jsonl; ValueError when they are more than 1 %.
+
+def encode_part(
+    pairs: PairSet,
+    dvae: DiscreteVAE,
+    folder: str | Path,
+    *,
+    crop: Crop,
+    seed: int,
+    batch_size: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+    rank: int = 0,
+    n_processes: int = 1,
+    shard_size: int | None = None,
+) -> Path:
+    """Encode the shards of process `rank` into `folder`/tokens/HASH/, which is returned.
+
+    HASH stands for dVAE, pairs, crop and seed. What was left unfinished is continued, what is finished is left alone.
+    The store can be opened when all processes have returned. `progress` is called with the number of this process's
+    pictures that are done, and of all. `shard_size` (pictures) is for a store that is not there yet.
+
+    Unreadable pictures and, by process 0, the samples that `pairs` skipped go to `folder`/bad_samples.jsonl, those of
+    other processes to bad_samples-RANK.jsonl; ValueError when they are more than 1 %.
     """
     if not len(pairs):
         raise ValueError("there are no pictures to encode: the set is empty")
@@ -86,33 +139,60 @@ def encode_pairs(
     settings = _settings(pairs, dvae, crop, seed)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     store = Path(folder) / "tokens" / digest[:12]
-    bad_samples = _log_of_bad_samples(Path(folder), pairs)
-    n_done, invalid = _open_or_create(store, settings, pairs, dvae.config.grid_size)
-    if n_done == len(pairs):
-        return TokenStore(store)
-    with (store / "tokens.npy").open("r+b") as file:
-        row_bytes = 2 * dvae.config.grid_size**2
-        header_bytes = os.fstat(file.fileno()).st_size - len(pairs) * row_bytes
-        batches = _batches(pairs.pairs[n_done:], dvae.config.image_size, crop, seed, batch_size)
+    bad_samples = _log_of_bad_samples(Path(folder), pairs, rank, n_processes)
+    parts = _open_or_create(store, settings, pairs, shard_size)
+    own = range(rank, len(parts), n_processes)
+    n_before, n_own = 0, sum(len(parts[shard]) for shard in own)
+    for shard in own:
+
+        def say(n_done: int, n_before: int = n_before) -> None:
+            if progress is not None:
+                progress(n_before + n_done, n_own)
+
+        _encode_shard(pairs, parts[shard], dvae, store, shard, crop, seed, batch_size, bad_samples, say)
+        n_before += len(parts[shard])
+    return store
+
+
+def _encode_shard(
+    pairs: PairSet,
+    rows: range,
+    dvae: DiscreteVAE,
+    store: Path,
+    shard: int,
+    crop: Crop,
+    seed: int,
+    batch_size: int,
+    bad_samples: BadSampleLog,
+    say: Callable[[int], None],
+) -> None:
+    """Encode those of a shard's rows that are not on disk yet; `say` is called with the number that are."""
+    n_done, invalid = _read_progress(store, shard)
+    if n_done == len(rows):
+        return
+    grid = dvae.config.grid_size
+    if n_done == 0:
+        np.lib.format.open_memmap(_file(store, shard), mode="w+", dtype="<u2", shape=(len(rows), grid, grid))
+    with _file(store, shard).open("r+b") as file:
+        row_bytes = 2 * grid**2
+        header_bytes = os.fstat(file.fileno()).st_size - len(rows) * row_bytes
+        left = pairs.pairs[rows.start + n_done : rows.stop]
+        batches = _batches(left, dvae.config.image_size, crop, seed, batch_size)
         for n_batch, batch in enumerate(batches, start=1):
             readable = [row for row, picture in enumerate(batch) if isinstance(picture, Image)]
-            tokens = np.zeros(
-                (len(batch), dvae.config.grid_size, dvae.config.grid_size), dtype="<u2"
-            )  # (B, G, G)
+            tokens = np.zeros((len(batch), grid, grid), dtype="<u2")  # (B, G, G)
             if readable:
                 tokens[readable] = _encode([p for p in batch if isinstance(p, Image)], dvae)
-            for row, picture in enumerate(batch):
+            for row, picture in enumerate(batch, start=rows.start + n_done):
                 if isinstance(picture, ValueError):
-                    bad_samples.add(pairs[n_done + row].key, str(picture))
-                    invalid.append(n_done + row)
+                    bad_samples.add(pairs[row].key, str(picture))
+                    invalid.append(row)
             file.seek(header_bytes + n_done * row_bytes)
             file.write(tokens.tobytes())
             n_done += len(batch)
-            if n_batch % BATCHES_PER_FLUSH == 0 or n_done == len(pairs):
-                _record_progress(store, file, n_done, invalid)
-            if progress is not None:
-                progress(n_done, len(pairs))
-    return TokenStore(store)
+            if n_batch % BATCHES_PER_FLUSH == 0 or n_done == len(rows):
+                _record_progress(store, shard, file, n_done, invalid)
+            say(n_done)
 
 
 def _settings(pairs: PairSet, dvae: DiscreteVAE, crop: Crop, seed: int) -> dict[str, object]:
@@ -126,10 +206,12 @@ def _settings(pairs: PairSet, dvae: DiscreteVAE, crop: Crop, seed: int) -> dict[
     }
 
 
-def _log_of_bad_samples(folder: Path, pairs: PairSet) -> BadSampleLog:
+def _log_of_bad_samples(folder: Path, pairs: PairSet, rank: int, n_processes: int) -> BadSampleLog:
+    """Each process's own: of its share of the pictures as many may be bad as of all."""
     keys = {pair.key for pair in pairs} | {sample.key for sample in pairs.bad}
-    log = BadSampleLog(folder / "bad_samples.jsonl", len(pairs) + len(pairs.bad), keys=keys)
-    for sample in pairs.bad:
+    file = f"bad_samples-{rank}.jsonl" if rank else "bad_samples.jsonl"
+    log = BadSampleLog(folder / file, (len(pairs) + len(pairs.bad)) // n_processes, keys=keys)
+    for sample in pairs.bad if rank == 0 else ():
         log.add(sample.key, sample.reason)
     return log
 
@@ -143,24 +225,37 @@ def _encode(pictures: Sequence[Image], dvae: DiscreteVAE) -> NDArray[np.int64]:
 
 
 def _open_or_create(
-    store: Path, settings: dict[str, object], pairs: PairSet, grid_size: int
-) -> tuple[int, list[int]]:
-    """How many rows of the store are on disk, and which of them are invalid."""
-    if (store / "progress.json").is_file():
-        progress = weights.read_json(store / "progress.json")
-        return progress["n_done"], progress["invalid"]
-    store.mkdir(parents=True, exist_ok=True)
-    shape = (len(pairs), grid_size, grid_size)
-    np.lib.format.open_memmap(store / "tokens.npy", mode="w+", dtype="<u2", shape=shape)
-    weights.write_json(store / "store.json", {"settings": settings, "keys": [pair.key for pair in pairs]})
-    weights.write_json(store / "progress.json", {"n_done": 0, "invalid": []})  # last: now there is a store
-    return 0, []
+    store: Path, settings: dict[str, object], pairs: PairSet, shard_size: int | None
+) -> list[range]:
+    """The rows of each shard; all processes may make the store at once, for they all write the same."""
+    if not (store / "store.json").is_file():
+        size = shard_size or min(MAX_SHARD, max(MIN_SHARD, -(-len(pairs) // N_SHARDS)))
+        description = {"settings": settings, "shard_size": size, "keys": [pair.key for pair in pairs]}
+        weights.write_json(store / "store.json", description)
+    return _shards(len(pairs), weights.read_json(store / "store.json")["shard_size"])
 
 
-def _record_progress(store: Path, file: BinaryIO, n_done: int, invalid: list[int]) -> None:
+def _shards(n: int, size: int) -> list[range]:
+    return [range(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def _file(store: Path, shard: int) -> Path:
+    return store / f"tokens-{shard:05d}.npy"
+
+
+def _read_progress(store: Path, shard: int) -> tuple[int, list[int]]:
+    """How many rows of a shard are on disk, and which of the store's rows are invalid among them."""
+    path = store / f"progress-{shard:05d}.json"
+    if not path.is_file():
+        return 0, []
+    progress = weights.read_json(path)
+    return progress["n_done"], progress["invalid"]
+
+
+def _record_progress(store: Path, shard: int, file: BinaryIO, n_done: int, invalid: list[int]) -> None:
     file.flush()
     os.fsync(file.fileno())  # the rows have to be on disk before a file says that they are
-    weights.write_json(store / "progress.json", {"n_done": n_done, "invalid": invalid})
+    weights.write_json(store / f"progress-{shard:05d}.json", {"n_done": n_done, "invalid": invalid})
 
 
 def _batches(

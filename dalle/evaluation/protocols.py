@@ -112,18 +112,24 @@ class CaptionLosses:
 
 
 @torch.no_grad()
-def measure_losses(transformer: Transformer, text: Tensor, image: Tensor) -> CaptionLosses:
-    """Losses of M >= 1 captions (M, T) and image tokens (M, N), these also with captions half a set off."""
+def measure_losses(
+    transformer: Transformer, text: Tensor, image: Tensor, rows: slice = slice(None)
+) -> CaptionLosses:
+    """Losses of M >= 1 captions (M, T) and image tokens (M, N), these also with captions half a set off.
+
+    Of the whole set, or of some of its rows.
+    """
+    wrong = text.roll(max(1, len(text) // 2), dims=0)[rows]
+    text, image = text[rows], image[rows]
     n, device = len(text), next(transformer.parameters()).device
-    wrong = text.roll(max(1, n // 2), dims=0)
     text_sum = image_sum = shuffled_sum = 0.0
     for start in range(0, n, BATCH):
-        rows = slice(start, start + BATCH)
-        tokens = image[rows].to(device)
-        losses = transformer.loss(text[rows].to(device), tokens)
+        chunk = slice(start, start + BATCH)
+        tokens = image[chunk].to(device)
+        losses = transformer.loss(text[chunk].to(device), tokens)
         text_sum += float(losses.text) * len(tokens)
         image_sum += float(losses.image) * len(tokens)
-        shuffled_sum += float(transformer.loss(wrong[rows].to(device), tokens).image) * len(tokens)
+        shuffled_sum += float(transformer.loss(wrong[chunk].to(device), tokens).image) * len(tokens)
     n_text, n_image = text.shape[1], image.shape[1]
     total = (n_text * text_sum + n_image * image_sum) / (n_text + n_image)
     return CaptionLosses(text_sum / n, image_sum / n, shuffled_sum / n, total / n)

@@ -12,7 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -133,6 +135,13 @@ class Ranker:
         """Cosines of a caption with PIL pictures of any size, cropped to their central square."""
         [vector] = self.encode_captions([caption], truncate)
         return [float(x) for x in self.score(vector, self._chunks(pictures))]
+
+    def describe(self, pictures: Sequence[Image.Image]) -> NDArray[np.float32]:
+        """Unit vectors (N, E) float32 of PIL pictures of any size, cropped to their central square."""
+        vectors: NDArray[np.float32] = torch.cat(
+            [self.encode_pictures(chunk) for chunk in self._chunks(pictures)]
+        ).numpy()
+        return vectors
 
     def encode_files(self, paths: Sequence[Path]) -> Tensor:
         """Unit vectors (N, E) of picture files, cropped to their central square; ValueError for an unreadable one."""

@@ -67,21 +67,32 @@ def save(
     state: dict[str, Any],
 ) -> Path:
     """Write `root/step-N` atomically, then drop all but the last two; returns the folder."""
-    root.mkdir(parents=True, exist_ok=True)
-    for leftover in root.glob(".step-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    target = root / f"step-{step}"
-    if target.exists():
-        shutil.rmtree(target)  # only a broken one can stand in the way: `newest` passed over it
+    target = cleared(root, step)
     with weights.atomic_folder(target) as folder:
         weights.save_tensors(folder / FILES[0], model.state_dict())
         weights.save_tensors(folder / FILES[1], average.tensors)
         weights.save_tensors(folder / FILES[2], _optimizer_tensors(model, optimizer))
         weights.write_json(folder / FILES[3], {"step": step, **state})
         weights.write_manifest(folder, FILES)
+    drop_old(root)
+    return target
+
+
+def cleared(root: Path, step: int) -> Path:
+    """The folder that checkpoint `step` will be, with nothing in its way."""
+    root.mkdir(parents=True, exist_ok=True)
+    for leftover in root.glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    target = root / f"step-{step}"
+    if target.exists():
+        shutil.rmtree(target)  # only a broken one can stand in the way: `newest` passed over it
+    return target
+
+
+def drop_old(root: Path) -> None:
+    """Keep the last two checkpoints only."""
     for old in _folders(root)[KEPT:]:
         shutil.rmtree(old.folder)
-    return target
 
 
 def restore(

@@ -23,8 +23,10 @@ from dalle.evaluation.sheets import pairs_sheet, spread
 from dalle.evaluation.zero_shot import retrieval_ranks
 from dalle.tokenizer import Tokenizer
 from dalle.training.contrastive import cached_backward, gathered_loss
+from dalle.training.distributed import Layout
 from dalle.training.order import Order, rng
 from dalle.training.pictures import Member, Pictures, load_all
+from dalle.training.processes import ALONE, World
 from dalle.training.recipe import Balance, CLIPTraining
 from dalle.training.transformer import encode_caption, fitting_captions
 
@@ -52,8 +54,9 @@ class CLIPStage:
         *,
         seed: int,
         balance: Balance | None,
+        world: World = ALONE,
     ) -> None:
-        self.model, self.settings, self.seed = model, settings, seed
+        self.model, self.settings, self.seed, self.world = model, settings, seed, world
         self.tokenizer, self.dvae = tokenizer, dvae
         if settings.reconstructed and dvae is None:
             raise ValueError("clip_training.reconstructed needs a dVAE: train one, or set it to 0")
@@ -64,8 +67,8 @@ class CLIPStage:
         self.device = next(model.parameters()).device
         n_epoch = Order(train, seed, balance).n_epoch
         if n_epoch < settings.batch_size * settings.accumulation:
-            self.settings = settings = _fitting(settings, n_epoch)
-        self.order = Order(train, seed, balance, multiple=settings.batch_size * settings.accumulation)
+            self.settings = settings = _fitting(settings, n_epoch, world.size)
+        self.order = Order(train, seed, balance, settings.batch_size * settings.accumulation, world)
         size = model.config.image_size
         is_whole = settings.crop == "center"
         side = size if is_whole else size + size // 8
@@ -132,22 +135,25 @@ class CLIPStage:
         return self._pair_loss(*vectors), {"accuracy": found.float().mean()}
 
     def _pair_loss(self, pictures: Tensor, texts: Tensor) -> Tensor:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if self.world.size > 1:
             bias = self.model.logit_bias.float() if self.model.config.loss == "siglip" else None
             return gathered_loss(pictures, texts, self.model.logit_scale.float().exp(), bias)
         return self.model.pair_loss(pictures, texts)
 
-    def backward(self, step: int, dtype: torch.dtype) -> tuple[float, dict[str, float]]:
+    def backward(
+        self, step: int, dtype: torch.dtype, layout: Layout | None = None
+    ) -> tuple[float, dict[str, float]]:
         """Add the exact gradient of update `step`, over all of its micro-batches together."""
+        layout = layout or Layout(self.model)
         n = self.settings.accumulation
         batches = [self.batch(number) for number in range(step * n, (step + 1) * n)]
 
         def encode(batch: Batch) -> tuple[Tensor, Tensor]:
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-                return self.encode(batch)
+                return layout(self.encode, batch)
 
-        loss = cached_backward(encode, batches, self._pair_loss)
-        n_pairs = sum(len(text) for text, _ in batches)
+        loss = cached_backward(encode, batches, self._pair_loss, layout.micro_batch)
+        n_pairs = sum(len(text) for text, _ in batches) * self.world.size
         return float(loss), {
             "scale": float(self.model.logit_scale.detach().exp()),
             "loss_over_ln_batch": float(loss) / max(np.log(n_pairs), 1e-9),
@@ -190,11 +196,15 @@ def _square(pair: Pair, side: int) -> Image:
     return images.center_crop(picture, min(side, *picture.size))
 
 
-def _fitting(settings: CLIPTraining, n_epoch: int) -> CLIPTraining:
+def _fitting(settings: CLIPTraining, n_epoch: int, n_processes: int = 1) -> CLIPTraining:
     """Smaller batches for an epoch of so few pictures: an update's are all different; ValueError for one alone."""
-    if n_epoch < 2:
-        raise ValueError(f"stage clip compares pictures, and an epoch has {n_epoch}: at least 2 are needed")
+    needed = max(2, n_processes)
+    if n_epoch < needed:
+        raise ValueError(
+            f"stage clip compares pictures, and an epoch has {n_epoch}: at least {needed} are needed"
+        )
     batch_size = min(settings.batch_size, n_epoch)
+    batch_size -= batch_size % n_processes  # each process has an equal part
     fitting = settings.model_copy(update={"batch_size": batch_size, "accumulation": n_epoch // batch_size})
     logger.warning(
         "clip: an epoch has %d different pictures: updates of %d, not of %d",

@@ -9,6 +9,7 @@ Shapes: n pairs of a micro-batch or process, N pairs of all, E width of the embe
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -20,18 +21,27 @@ Batch = TypeVar("Batch")
 Encode = Callable[
     [Batch], tuple[Tensor, Tensor]
 ]  # a micro-batch -> unit vectors of images and texts, (n, E) each
+Around = Callable[
+    [bool], AbstractContextManager[None]
+]  # is it the last micro-batch -> a context for its two passes
 PairLoss = Callable[[Tensor, Tensor], Tensor]  # unit vectors of images and texts, (N, E) each -> a scalar
 
 
-def cached_backward(encode: Encode[Batch], batches: Sequence[Batch], loss: PairLoss) -> Tensor:
+def cached_backward(
+    encode: Encode[Batch],
+    batches: Sequence[Batch],
+    loss: PairLoss,
+    around: Around = lambda is_last: nullcontext(),
+) -> Tensor:
     """Add the gradient of `loss` over all micro-batches together to the parameters; returns the loss, detached.
 
     Exact where encoding a row does not depend on the other rows and draws no random numbers: batch normalisation
     in training mode sees micro-batches, as it does under any accumulation.
     """
     if len(batches) == 1:  # nothing to cache
-        value = loss(*encode(batches[0]))
-        value.backward()  # type: ignore[no-untyped-call]
+        with around(True):
+            value = loss(*encode(batches[0]))
+            value.backward()  # type: ignore[no-untyped-call]
         return value.detach()
     with torch.no_grad():
         vectors = [encode(batch) for batch in batches]
@@ -41,10 +51,11 @@ def cached_backward(encode: Encode[Batch], batches: Sequence[Batch], loss: PairL
     assert images.grad is not None and texts.grad is not None
     sizes = [len(image) for image, _ in vectors]
     gradients = zip(torch.split(images.grad, sizes), torch.split(texts.grad, sizes), strict=True)
-    for batch, both in zip(batches, gradients, strict=True):
-        # a frozen tower's vectors take no gradient
-        learning = [(x, gradient) for x, gradient in zip(encode(batch), both, strict=True) if x.requires_grad]
-        torch.autograd.backward([x for x, _ in learning], [gradient for _, gradient in learning])
+    for number, (batch, both) in enumerate(zip(batches, gradients, strict=True), start=1):
+        with around(number == len(batches)):
+            pairs = zip(encode(batch), both, strict=True)
+            learning = [(x, gradient) for x, gradient in pairs if x.requires_grad]  # not a frozen tower's
+            torch.autograd.backward([x for x, _ in learning], [gradient for _, gradient in learning])
     return value.detach()
 
 
@@ -52,22 +63,33 @@ def gathered_loss(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor | N
     """This process's share of the loss over all processes' pairs; the mean over processes is the whole loss.
 
     Averaged over processes, as DDP does, its gradient is that of one process with all N pairs. `images` and `texts`
-    (n, E) are unit vectors, n the same everywhere. InfoNCE, or SigLIP where there is a bias.
+    (n, E) are unit vectors; n differs where pictures could not be read. InfoNCE, or SigLIP where there is a bias.
     """
-    all_images, all_texts = _gather(images), _gather(texts)  # (N, E)
-    first = dist.get_rank() * len(images)
+    sizes = _sizes(images)
+    all_images, all_texts = _gather(images, sizes), _gather(texts, sizes)  # (N, E)
+    first = sum(sizes[: dist.get_rank()])
     target = torch.arange(first, first + len(images), device=images.device)
+    share = len(sizes) / len(all_images)  # of each row in a mean over processes
     if bias is None:
-        of_images = F.cross_entropy(scale * images @ all_texts.T, target)
-        of_texts = F.cross_entropy(scale * texts @ all_images.T, target)
-        return (of_images + of_texts) / 2
+        of_images = F.cross_entropy(scale * images @ all_texts.T, target, reduction="sum")
+        of_texts = F.cross_entropy(scale * texts @ all_images.T, target, reduction="sum")
+        return (of_images + of_texts) / 2 * share
     logits = scale * images @ all_texts.T + bias  # (n, N)
     sign = 2 * F.one_hot(target, len(all_texts)).to(logits.dtype) - 1
-    return -F.logsigmoid(sign * logits).sum() / len(images)
+    return -F.logsigmoid(sign * logits).sum() * share
 
 
-def _gather(vectors: Tensor) -> Tensor:
-    gathered: Tensor = _Gather.apply(vectors)  # type: ignore[no-untyped-call]
+def _sizes(vectors: Tensor) -> list[int]:
+    """How many rows each process has."""
+    counts = torch.zeros(dist.get_world_size(), dtype=torch.int64)  # on the CPU: no GPU waits for it
+    counts[dist.get_rank()] = len(vectors)
+    dist.all_reduce(counts)
+    sizes: list[int] = counts.tolist()
+    return sizes
+
+
+def _gather(vectors: Tensor, sizes: list[int]) -> Tensor:
+    gathered: Tensor = _Gather.apply(vectors, sizes)  # type: ignore[no-untyped-call]
     return gathered
 
 
@@ -78,13 +100,16 @@ class _Gather(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, vectors: Tensor) -> Tensor:
-        parts = [torch.empty_like(vectors) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, vectors.contiguous())
-        return torch.cat(parts)
+    def forward(ctx: Any, vectors: Tensor, sizes: list[int]) -> Tensor:
+        ctx.sizes = sizes
+        filled = vectors.new_zeros(max(sizes), *vectors.shape[1:])  # a gathering takes equal parts
+        filled[: len(vectors)] = vectors
+        parts = [torch.empty_like(filled) for _ in sizes]
+        dist.all_gather(parts, filled)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> Tensor:
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None]:
         total = cotangents[0].clone(memory_format=torch.contiguous_format)  # (N, E)
         dist.all_reduce(total)
-        return total.chunk(dist.get_world_size())[dist.get_rank()]
+        return torch.split(total, ctx.sizes)[dist.get_rank()], None

@@ -15,6 +15,7 @@ from dalle.evaluation.sheets import pairs_sheet, spread
 from dalle.training.optim import half_cosine
 from dalle.training.order import Order, rng
 from dalle.training.pictures import Pictures, load_all
+from dalle.training.processes import ALONE, World
 from dalle.training.recipe import Balance, DVAETraining
 
 SHEET_PICTURES = 16
@@ -36,10 +37,11 @@ class DVAEStage:
         *,
         seed: int,
         balance: Balance | None,
+        world: World = ALONE,
     ) -> None:
-        self.model, self.settings, self.seed = model, settings, seed
+        self.model, self.settings, self.seed, self.world = model, settings, seed, world
         self.train, self.bad = train, bad
-        self.order = Order(train, seed, balance)
+        self.order = Order(train, seed, balance, world=world)
         self.device = next(model.parameters()).device
         size = model.config.image_size
 
@@ -66,14 +68,17 @@ class DVAEStage:
     def loss(self, batch: Tensor, step: int, number: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The (relaxed, normalised) evidence lower bound of a micro-batch under the schedules of update `step`."""
         generator = torch.Generator(device=self.device)
-        generator.manual_seed(int(rng(self.seed, "gumbel", number).integers(2**63)))
+        # Each process draws for its own part: for all parts it would be K numbers a cell of every picture.
+        first = int(rng(self.seed, "gumbel", number).integers(2**63))
+        generator.manual_seed((first + self.world.rank) % 2**63)
         settings = self.settings
-        return self.model.loss(
+        loss, metrics = self.model.loss(
             batch,
             temperature=half_cosine(step, 1.0, settings.final_temperature, settings.temperature_steps),
             kl_weight=half_cosine(step, 0.0, settings.kl_weight, settings.kl_steps),
             generator=generator,
         )
+        return loss * self.world.weight(len(batch)), metrics  # unreadable pictures make parts unequal
 
     def validate(self) -> dict[str, float]:
         """PSNR in dB (hard tokens, pooled error) and the share of codes used on held-out pictures."""

@@ -26,9 +26,13 @@ class RunLog:
     per token or per sub-pixel, `pictures_per_second`, `seconds` since this process began the stage.
     """
 
-    def __init__(self, folder: Path, stage: str, steps: int, done: int, quiet: bool = False) -> None:
+    def __init__(
+        self, folder: Path, stage: str, steps: int, done: int, quiet: bool = False, is_main: bool = True
+    ) -> None:
+        """`is_main`: of several processes one writes and speaks, the others keep silent."""
         self.stage, self.steps, self.done = stage, steps, done
-        self.quiet = quiet
+        self.is_main = is_main
+        self.quiet = quiet or not is_main
         self.folder = folder
         self.began = time.monotonic()
         self.last_line = 0.0
@@ -37,6 +41,8 @@ class RunLog:
         self._task: TaskID | None = None
 
     def __enter__(self) -> Self:
+        if not self.is_main:
+            return self
         self.folder.mkdir(parents=True, exist_ok=True)
         _drop_half_line(self.folder / "metrics.jsonl")
         self._board = Board(self.folder / "tensorboard" / self.stage, self.done)
@@ -76,6 +82,8 @@ class RunLog:
 
     def metrics(self, step: int, values: dict[str, Any]) -> None:
         """Write one row of numbers to metrics.jsonl and TensorBoard; one that is not finite becomes null."""
+        if not self.is_main:
+            return
         row = {
             "stage": self.stage,
             "step": step,

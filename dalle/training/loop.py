@@ -1,5 +1,6 @@
 """The one training loop: every stage goes through `train_stage`, and can be stopped and resumed at any update."""
 
+import functools
 import logging
 import math
 import signal
@@ -16,11 +17,15 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from dalle import images
-from dalle.training import checkpoint
+from dalle.training.distributed import Layout
 from dalle.training.log import RunLog
 from dalle.training.optim import OPTIMIZERS, MovingAverage, Plateau, learning_rate
-from dalle.training.recipe import Optimization
+from dalle.training.precision import ResblockScaling
+from dalle.training.processes import ALONE, AgreedStop, World
+from dalle.training.recipe import IN_ONE_PIECE, DistributedConfig, Optimization
+from dalle.training.sharded_checkpoint import Checkpoints
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16_resblock": torch.float32}
 MAX_NON_FINITE = 20  # updates in a row whose loss or gradient is not finite before the run gives up
 LOG_EVERY = 10  # updates between rows of metrics.jsonl
 logger = logging.getLogger(__name__)
@@ -58,14 +63,14 @@ class Stage(Protocol):
 class WholeBatchStage(Stage, Protocol):
     """A stage whose loss is no sum over micro-batches: it adds an update's gradient itself."""
 
-    def backward(self, step: int, dtype: torch.dtype) -> tuple[float, dict[str, float]]:
+    def backward(self, step: int, dtype: torch.dtype, layout: Layout) -> tuple[float, dict[str, float]]:
         """Add the gradient of update `step`, computed in `dtype`, to the parameters; its loss, and what to log."""
 
     def after_update(self) -> None:
         """Restore what must hold of the weights after each update."""
 
 
-class Stopped(Exception):
+class Stopped(AgreedStop):
     """The run was asked to stop, finished its update and saved; `signal_number` says by what."""
 
     def __init__(self, stage: str, step: int, signal_number: int) -> None:
@@ -83,12 +88,15 @@ class Progress:
 
 
 @contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT instead of dying: the first asks politely, a second one interrupts at once."""
+def stop_signals(is_alone: bool = True) -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT instead of dying: the first asks politely, a second one interrupts at once.
+
+    Not so under a launcher, which passes on what the terminal has sent already, and kills those who take too long.
+    """
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        if received:
+        if received and is_alone:
             raise KeyboardInterrupt
         received.append(number)
 
@@ -103,71 +111,108 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def train_stage(stage: Stage, run_folder: Path, dtype: torch.dtype, quiet: bool = False) -> dict[str, Tensor]:
+def train_stage(
+    stage: Stage,
+    run_folder: Path,
+    dtype: torch.dtype,
+    quiet: bool = False,
+    world: World = ALONE,
+    config: DistributedConfig = IN_ONE_PIECE,
+) -> dict[str, Tensor]:
     """Train `stage` to its last update, from its newest checkpoint if there is one; returns the averaged weights.
 
-    Raises `Stopped` after a signal (saved), ValueError when losses stay non-finite, OSError when the disk is full.
+    Of several processes the main one gets them whole, the others get nothing. Raises `Stopped` after a signal
+    (saved), ValueError when losses stay non-finite, OSError when the disk is full.
     """
     settings, model = stage.settings, stage.model
-    root = run_folder / "checkpoints" / stage.name
+    dtype = DTYPES.get(settings.precision, dtype)
+    scaling = ResblockScaling(model) if settings.precision == "fp16_resblock" else None
+    layout = Layout(model, world, config, settings.compression, scaling)
     optimizer = OPTIMIZERS[settings.optimizer](model, settings)
-    average = MovingAverage(model, settings.average_decay)
+    average = MovingAverage(model, settings.average_decay, settings.average_on_cpu)
+    checkpoints = Checkpoints(run_folder / "checkpoints" / stage.name, layout, average, optimizer)
     plateau, progress = Plateau(), Progress()
-    found = checkpoint.newest(root)
-    if found is not None:
-        state = checkpoint.restore(found, model, average, optimizer)
+    state = checkpoints.restore()
+    if state is not None:
         plateau.restore(state["plateau"])
-        progress = Progress(found.step, state["n_non_finite"], state["n_non_finite_in_a_row"])
+        progress = Progress(state["step"], state["n_non_finite"], state["n_non_finite_in_a_row"])
+        if scaling is not None:
+            scaling.restore(state["scales"])
     with (
-        RunLog(run_folder, stage.name, settings.steps, progress.step, quiet) as log,
-        stop_signals() as signals,
+        RunLog(run_folder, stage.name, settings.steps, progress.step, quiet, world.is_main) as log,
+        stop_signals(world.size == 1) as signals,
+        checkpoints,
     ):
-        if found is not None:
-            log.say(f"{stage.name}: goes on from update {found.step}")
-            log.metrics(found.step, {"resumed": True})
+        if state is not None:
+            log.say(f"{stage.name}: goes on from update {progress.step}")
+            log.metrics(progress.step, {"resumed": True})
         model.train()
         while progress.step < settings.steps:
-            loss, metrics = update(stage, optimizer, plateau, progress, dtype)
+            loss, metrics = update(stage, optimizer, plateau, progress, dtype, scaling, layout)
             if progress.step % settings.average_every == 0:
                 average.update(model, progress.step // settings.average_every)
             n_pictures = settings.batch_size * settings.accumulation
             log.step(progress.step, n_pictures, loss)
             if progress.step % LOG_EVERY == 0 or progress.step == settings.steps:
                 log.metrics(progress.step, {**metrics, "pictures_per_second": log.pictures_per_second()})
-            _look(stage, average, progress.step, run_folder, log)
-            is_asked_to_stop = bool(
-                signals
-            )  # looked at once: a signal from here on waits for the next update
-            is_due = progress.step % settings.checkpoint_every == 0 or progress.step == settings.steps
-            if is_due or is_asked_to_stop:
+            _look(stage, average, progress.step, run_folder, log, layout)
+            stopped_by = _signal(signals, world)  # looked at once: a later one waits for the next update
+            if (
+                stopped_by
+                or progress.step % settings.checkpoint_every == 0
+                or progress.step == settings.steps
+            ):
                 state = {"plateau": plateau.state(), "n_non_finite": progress.n_non_finite}
                 state["n_non_finite_in_a_row"] = progress.n_non_finite_in_a_row
-                checkpoint.save(root, progress.step, model, average, optimizer, state)
-            if is_asked_to_stop:
-                raise Stopped(stage.name, progress.step, signals[0])
-    if signals:  # in the last update, or in its checkpoint: the next stage must not begin
-        raise Stopped(stage.name, progress.step, signals[0])
-    return average.tensors
+                if scaling is not None:
+                    state["scales"] = scaling.state()
+                checkpoints.save(progress.step, state)
+            if stopped_by:
+                raise Stopped(stage.name, progress.step, stopped_by)
+    stopped_by = _signal(signals, world)  # in the last update, or in its checkpoint
+    if stopped_by:
+        raise Stopped(stage.name, progress.step, stopped_by)  # the next stage must not begin
+    return layout.whole(average.tensors)
+
+
+def _signal(received: list[int], world: World) -> int:
+    """The signal that some process was sent, as all of them agree; 0 if none was."""
+    return world.largest(received[0] if received else 0)
 
 
 def update(
-    stage: Stage, optimizer: torch.optim.Optimizer, plateau: Plateau, progress: Progress, dtype: torch.dtype
+    stage: Stage,
+    optimizer: torch.optim.Optimizer,
+    plateau: Plateau,
+    progress: Progress,
+    dtype: torch.dtype,
+    scaling: ResblockScaling | None = None,
+    layout: Layout | None = None,
 ) -> tuple[float, dict[str, float]]:
     """One update: accumulate, clip, step; a non-finite one is skipped and counted."""
     settings, step = stage.settings, progress.step
+    layout = layout or Layout(stage.model)
     rate = learning_rate(settings, step, plateau.n_halvings)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
     whole = stage if isinstance(stage, WholeBatchStage) else None
-    total, sums = _accumulate(stage, step, dtype) if whole is None else whole.backward(step, dtype)
+    accumulate = whole.backward if whole is not None else functools.partial(_accumulate, stage)
+    total, sums = accumulate(step, dtype, layout)
+    layout.finish_gradients()
+    total, *means = layout.world.means([total, *sums.values()])
+    sums = dict(zip(sums, means, strict=True))
+    has_overflowed = scaling is not None and not scaling.unscale_()
     limit = settings.clip_norm or math.inf
-    norm = float(torch.nn.utils.clip_grad_norm_(stage.model.parameters(), limit))
+    norm = layout.clip(limit)
     progress.step += 1
-    if not (math.isfinite(total) and math.isfinite(norm)):
+    if has_overflowed and math.isfinite(total) and scaling is not None and scaling.can_back_off():
+        progress.n_non_finite += 1  # about one update in twenty is (App. E.2.2): its scales have moved
+    elif has_overflowed or not (math.isfinite(total) and math.isfinite(norm)):
         _skip(stage, progress)
     else:
         optimizer.step()
+        layout.average_buffers()
         if whole is not None:
             whole.after_update()
         progress.n_non_finite_in_a_row = 0
@@ -178,18 +223,23 @@ def update(
         "gradient_norm": norm,
         "learning_rate": rate,
         "n_non_finite": progress.n_non_finite,
+        **({} if scaling is None else scaling.figures()),
+        **({} if layout.compressor is None else {"compression_ratio": layout.compressor.ratio}),
     }
 
 
-def _accumulate(stage: Stage, step: int, dtype: torch.dtype) -> tuple[float, dict[str, float]]:
+def _accumulate(
+    stage: Stage, step: int, dtype: torch.dtype, layout: Layout
+) -> tuple[float, dict[str, float]]:
     """Add the mean gradient of an update's micro-batches to the parameters; mean loss and metrics."""
     n, total, sums = stage.settings.accumulation, 0.0, dict[str, float]()
     device = next(stage.model.parameters()).device
     for number in range(step * n, (step + 1) * n):
         batch = stage.batch(number)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            loss, metrics = stage.loss(batch, step, number)
-        (loss / n).backward()  # type: ignore[no-untyped-call]
+        with layout.micro_batch(is_last=number == (step + 1) * n - 1):
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+                loss, metrics = layout(stage.loss, batch, step, number)
+            (loss / n).backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach()) / n
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0.0) + float(value) / n
@@ -207,7 +257,9 @@ def _skip(stage: Stage, progress: Progress) -> None:
         )
 
 
-def _look(stage: Stage, average: MovingAverage, step: int, run_folder: Path, log: RunLog) -> None:
+def _look(
+    stage: Stage, average: MovingAverage, step: int, run_folder: Path, log: RunLog, layout: Layout
+) -> None:
     """Validate and draw the sample sheet with the averaged weights, when it is time."""
     last = step == stage.settings.steps
     validates = step % stage.settings.validate_every == 0 or last
@@ -222,7 +274,9 @@ def _look(stage: Stage, average: MovingAverage, step: int, run_folder: Path, log
             shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
             log.say(f"{stage.name} {step}: {shown}")
         if draws:
-            folder = run_folder / "samples" / stage.name
-            folder.mkdir(parents=True, exist_ok=True)
-            images.save_png(stage.sheet(), folder / f"step-{step:07d}.png", None)
+            with layout.drawing(stage, average.tensors) as is_drawing:
+                if is_drawing:
+                    folder = run_folder / "samples" / stage.name
+                    folder.mkdir(parents=True, exist_ok=True)
+                    images.save_png(stage.sheet(), folder / f"step-{step:07d}.png", None)
     stage.model.train()

@@ -2,7 +2,7 @@
 
 Source: none in the papers; mallopt(3). A CPU training step frees and takes the same few large blocks again and
 again; glibc gives each back at once, and the next one costs a page fault every 4 KiB: a fifth of a step of the
-preset `laptop` (`benchmarks/train.py --default-allocator` shows it).
+preset `laptop` (`benchmarks/train.py --variants` shows it).
 """
 
 import ctypes

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dalle.data.pairs import Pair
+from dalle.training.processes import ALONE, World
 from dalle.training.recipe import Balance
 
 
@@ -21,12 +22,20 @@ class Order:
 
     An epoch's last pictures are left out where it is no multiple of `multiple`, so that no run of so many, counted
     from the start, meets a picture twice. Raises ValueError when an epoch is shorter than that.
+
+    Several processes share one order: of each micro-batch a process is given its own part. So another number of
+    processes, at the start or at a resume, changes neither the order nor what an update sees.
     """
 
     def __init__(
-        self, pairs: Sequence[Pair], seed: int, balance: Balance | None = None, multiple: int = 1
+        self,
+        pairs: Sequence[Pair],
+        seed: int,
+        balance: Balance | None = None,
+        multiple: int = 1,
+        world: World = ALONE,
     ) -> None:
-        self.seed = seed
+        self.seed, self.world = seed, world
         self.cap = balance.cap if balance else 1
         groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
         for index, pair in enumerate(pairs):
@@ -54,9 +63,12 @@ class Order:
         return cached[1]
 
     def batch(self, number: int, size: int) -> list[tuple[int, int]]:
-        """The (epoch, picture index) of every member of micro-batch `number`; batches run over epoch ends."""
+        """The (epoch, picture index) of this process's members of micro-batch `number`, which has `size` in all.
+
+        Batches run over epoch ends. Raises ValueError when the processes cannot have equal parts.
+        """
         members = []
-        for position in range(number * size, (number + 1) * size):
+        for position in range(number * size, (number + 1) * size)[self.world.part(size)]:
             epoch, offset = divmod(position, self.n_epoch)
             members.append((epoch, int(self.epoch(epoch)[offset])))
         return members

@@ -1,6 +1,6 @@
 """The recipe of a whole training run: what a preset sets, stage by stage (Ramesh et al. 2021, App. A.2 and B.2)."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -13,18 +13,52 @@ from dalle.tokenizer import TokenizerConfig
 from dalle.transformer import TransformerConfig
 
 
+class Compression(Config):
+    """PowerSGD between replicas (§2.5, App. E): `dalle.training.compression` says how, and when it pays."""
+
+    rank: int = Field(ge=1)  # of what one process holds of a matrix; paper 112, which is 896 over 8 shards
+    error_feedback: bool = True
+    errors: Literal["fp32", "1-6-9"] = "fp32"  # how the error buffers are stored; paper 1-6-9
+    always: bool = False  # even where the factors are no smaller than the matrix
+
+
+class DistributedConfig(Config):
+    """How a model is laid out over processes and within one; it decides speed and memory, not what is learned."""
+
+    # each process holds all (DDP); a part (FSDP2); or a part, with a replica in every group of processes
+    mode: Literal["ddp", "shard", "hybrid"] = "ddp"
+    # hybrid: processes that share one copy of the weights; None: those of one machine, as the launcher counts them
+    shard_size: int | None = Field(None, ge=1)
+    checkpoint_blocks: bool = False  # recompute each block's activations in the backward pass (§2.4)
+    compile_blocks: bool = False  # torch.compile, block by block
+    async_checkpoints: bool = False  # written while training goes on; costs their size in main memory
+
+    @model_validator(mode="after")
+    def _shard_size_is_of_hybrid(self) -> Self:
+        if self.shard_size is not None and self.mode != "hybrid":
+            raise ValueError(f"shard_size belongs to mode hybrid, and mode is {self.mode}")
+        return self
+
+
+IN_ONE_PIECE = DistributedConfig(shard_size=None)
+
+
 class Optimization(Config):
     """Settings that every stage shares: length, batches, AdamW, averaging, and how often to look."""
 
     steps: int = Field(ge=1)  # updates
-    batch_size: int = Field(ge=1)  # pictures a micro-batch
+    batch_size: int = Field(ge=1)  # pictures a micro-batch, of all processes together
     accumulation: int = Field(1, ge=1)  # micro-batches an update
     learning_rate: float = Field(gt=0)  # peak
     final_learning_rate: float = Field(ge=0)
     warmup_steps: int = Field(0, ge=0)  # linear, 0 -> peak
     decay: Literal["cosine", "plateau"] = "cosine"  # plateau: halved when the training loss stalls (App. B.2)
     decay_steps: int | None = Field(None, ge=1)  # None: until the last step
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the layers; the rest keep AdamW
+    # adamw16: the paper's, its variance clipped and its moments in 16 bits; muon: for the matrices of the layers.
+    optimizer: Literal["adamw", "adamw16", "muon"] = "adamw"
+    # auto: --dtype's; fp16_resblock: the paper's, a gradient scale for each resblock (`dalle.training.precision`)
+    precision: Literal["auto", "fp32", "bf16", "fp16_resblock"] = "auto"
+    compression: Compression | None = None  # of gradients between replicas, where there are any
     beta2: float = Field(0.999, gt=0, lt=1)
     weight_decay: float = Field(ge=0)  # matrices only: gains, biases and embeddings are not decayed
     clip_norm: float | None = Field(None, gt=0)
@@ -32,6 +66,7 @@ class Optimization(Config):
         ge=0, lt=1
     )  # exponential moving average of the weights: what the model ships
     average_every: int = Field(1, ge=1)  # updates
+    average_on_cpu: bool = False  # kept in main memory and moved while the device goes on (App. B.2)
     validate_every: int = Field(ge=1)  # updates
     checkpoint_every: int = Field(ge=1)  # updates
     sheet_every: int = Field(ge=1)  # updates between sample sheets
@@ -111,7 +146,7 @@ class Balance(Config):
 
 
 class Recipe(Config):
-    """Everything that decides the weights of a run, but for the data."""
+    """Everything that decides the weights of a run, but for the data, and how it is laid out over processes."""
 
     seed: int = Field(0, ge=0)
     tokenizer: TokenizerConfig
@@ -122,10 +157,15 @@ class Recipe(Config):
     clip: CLIPShape | None = None  # with clip_training: a third stage, which ranks what is drawn
     clip_training: CLIPTraining | None = None
     balance: Balance | None = None
+    distributed: DistributedConfig = IN_ONE_PIECE  # a resume may have another
     sampling: GenerationOptions = (
         GenerationOptions()
     )  # how the finished model draws when nothing else is asked
     weights: Literal["float32", "bfloat16"] = "float32"  # how the finished model is stored
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to go on."""
+        return self.model_dump(mode="json", exclude={"distributed"})
 
     @model_validator(mode="after")
     def _lengths_agree(self) -> Self:

@@ -9,6 +9,7 @@ import torch
 from dalle import weights
 from dalle.config import differences
 from dalle.data.pairs import BadSampleLog, PairSet
+from dalle.training.processes import ALONE, World
 from dalle.training.recipe import Recipe
 
 
@@ -27,6 +28,7 @@ class Run:
     dtype: torch.dtype
     init_from: Path | None
     quiet: bool
+    world: World = ALONE
 
     @property
     def folder(self) -> Path:
@@ -65,8 +67,9 @@ class Run:
     def begin(self, stage: str, inputs: dict[str, Any]) -> None:
         """Note beside its checkpoints what `stage` is made from; those that were made from other things are an error."""
         begun = self.folder / "checkpoints" / stage / "inputs.json"
-        if not begun.exists():
-            weights.write_json(begun, inputs)
+        with self.world.main_first():
+            if not begun.exists():
+                weights.write_json(begun, inputs)
         changed = differences(weights.read_json(begun), inputs)
         if changed:
             self._refuse_stale(stage, changed)

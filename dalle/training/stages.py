@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dalle import weights
 from dalle.clip import CLIP
-from dalle.data.tokens import Crop, TokenStore, encode_pairs
+from dalle.data.tokens import Crop, TokenStore, encode_part
 from dalle.dvae import DiscreteVAE
 from dalle.generation.rerank import Ranker
 from dalle.model_folder import check_fit
@@ -34,14 +34,15 @@ def tokenizer_stage(run: Run) -> Tokenizer:
     given = run.given("tokenizer")
     if given:
         inputs = {"given": weights.file_sha256(given / "tokenizer.json")}
-    if not run.finished("tokenizer", inputs, _file_hash(folder / "tokenizer.json")):
-        if given:
-            Tokenizer.from_pretrained(given)  # refuses a damaged one
-            _copy(given, folder, "tokenizer.json")
-        else:
-            captions = [caption for pair in run.train for caption in pair.captions]
-            Tokenizer.train(captions, run.recipe.tokenizer).save_pretrained(folder)
-        run.record("tokenizer", inputs, weights.file_sha256(folder / "tokenizer.json"))
+    with run.world.main_first():
+        if not run.finished("tokenizer", inputs, _file_hash(folder / "tokenizer.json")):
+            if given:
+                Tokenizer.from_pretrained(given)  # refuses a damaged one
+                _copy(given, folder, "tokenizer.json")
+            else:
+                captions = [caption for pair in run.train for caption in pair.captions]
+                Tokenizer.train(captions, run.recipe.tokenizer).save_pretrained(folder)
+            run.record("tokenizer", inputs, weights.file_sha256(folder / "tokenizer.json"))
     return Tokenizer.from_pretrained(folder)
 
 
@@ -67,24 +68,25 @@ def dvae_stage(run: Run) -> DiscreteVAE:
     }
     if given:
         inputs = {"given": weights.file_sha256(given / "model.safetensors")}
-    if not run.finished("dvae", inputs, _file_hash(folder / "model.safetensors")):
-        if given:
-            DiscreteVAE.from_pretrained(given)  # refuses a damaged one
-            _copy(given, folder, "model.safetensors")
-            run.record("dvae", inputs, weights.file_sha256(folder / "model.safetensors"))
-        else:
-            torch.manual_seed(recipe.seed)  # the models draw their first weights from the global generator
-            model = DiscreteVAE(recipe.dvae).to(run.device)
-            stage = DVAEStage(
-                model,
-                recipe.dvae_training,
-                run.train,
-                run.held_out,
-                run.bad,
-                seed=recipe.seed,
-                balance=recipe.balance,
-            )
-            _save(run, "dvae", model, _run_stage(run, stage, inputs), inputs)
+        with run.world.main_first():
+            if not run.finished("dvae", inputs, _file_hash(folder / "model.safetensors")):
+                DiscreteVAE.from_pretrained(given)  # refuses a damaged one
+                _copy(given, folder, "model.safetensors")
+                run.record("dvae", inputs, weights.file_sha256(folder / "model.safetensors"))
+    elif not run.finished("dvae", inputs, _file_hash(folder / "model.safetensors")):
+        torch.manual_seed(recipe.seed)  # the models draw their first weights from the global generator
+        model = DiscreteVAE(recipe.dvae).to(run.device)
+        stage = DVAEStage(
+            model,
+            recipe.dvae_training,
+            run.train,
+            run.held_out,
+            run.bad,
+            seed=recipe.seed,
+            balance=recipe.balance,
+            world=run.world,
+        )
+        _save(run, "dvae", model, _run_stage(run, stage, inputs), inputs)
     return DiscreteVAE.from_pretrained(folder).to(run.device).eval()
 
 
@@ -121,6 +123,7 @@ def transformer_stage(run: Run, tokenizer: Tokenizer, dvae: DiscreteVAE) -> None
         seed=recipe.seed,
         balance=recipe.balance,
         sampling=recipe.sampling,
+        world=run.world,
     )
     if stage.n_truncated:
         logger.warning(
@@ -165,6 +168,7 @@ def clip_stage(run: Run, tokenizer: Tokenizer, dvae: DiscreteVAE | None) -> None
         run.bad,
         seed=recipe.seed,
         balance=recipe.balance,
+        world=run.world,
     )
     _save(run, "clip", model, _run_stage(run, stage, inputs), inputs)
 
@@ -175,17 +179,21 @@ def _encode(run: Run, dvae: DiscreteVAE) -> list[TokenStore]:
     further: Crop = "near" if training.crop == "center" else training.crop
     n = training.n_encodings
     names = ["encoding"] if n == 1 else [f"encoding {i} of {n}" for i in range(1, n + 1)]
-    return [
-        encode_pairs(
+    folders = [
+        encode_part(
             run.pairs,
             dvae,
             run.folder,
             crop=further if i else training.crop,
             seed=seed + i,
             progress=None if run.quiet else _encoding_lines(name),
+            rank=run.world.rank,
+            n_processes=run.world.size,
         )
         for i, name in enumerate(names)
     ]
+    run.world.wait()  # each process has encoded its shards
+    return [TokenStore(folder) for folder in folders]
 
 
 def _encoding_lines(name: str) -> Callable[[int, int], None]:
@@ -212,15 +220,21 @@ def sequences(stores: list[TokenStore], pairs: list[Any]) -> Sequences:
     if not kept:
         raise ValueError(f"no picture of split {pairs[0].split} can be read; see run/bad_samples.jsonl")
     rows = [index[pair.key] for pair in kept]
-    return Sequences(kept, [store.tokens[rows] for store in stores])
+    return Sequences(kept, [store.tokens.take(rows) for store in stores])
 
 
 def _run_stage(run: Run, stage: Stage, inputs: dict[str, Any]) -> dict[str, Tensor]:
     run.begin(stage.name, inputs)
-    return train_stage(stage, run.folder, run.dtype, run.quiet)
+    return train_stage(stage, run.folder, run.dtype, run.quiet, run.world, run.recipe.distributed)
 
 
 def _save(run: Run, stage: str, model: nn.Module, state: dict[str, Tensor], inputs: dict[str, Any]) -> None:
+    with run.world.main_first():
+        if run.world.is_main:  # it alone has the whole state
+            _write(run, stage, model, state, inputs)
+
+
+def _write(run: Run, stage: str, model: nn.Module, state: dict[str, Tensor], inputs: dict[str, Any]) -> None:
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[run.recipe.weights]
     stored = {
         name: tensor.detach().cpu().to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous()

@@ -18,6 +18,7 @@ from dalle.config import differences
 from dalle.data.pairs import BadSampleLog, read_pairs
 from dalle.model_folder import write_index, write_ranker_index
 from dalle.training.card import write_card
+from dalle.training.processes import ALONE, World
 from dalle.training.recipe import Recipe
 from dalle.training.run import Run
 from dalle.training.stages import clip_stage, dvae_stage, refuse_misfit, tokenizer_stage, transformer_stage
@@ -36,29 +37,41 @@ def train(
     device: torch.device,
     dtype: torch.dtype,
     quiet: bool = False,
+    world: World = ALONE,
 ) -> Path:
     """Train all `stages` of `recipe` on the pairs in `data`; returns the model folder `out`.
 
     With `init_from`, its tokenizer and dVAE are reused and its transformer is continued; what it lacks is trained.
+    All processes of `world` make the same call; `data` and `out` must be the same folders for all of them.
     Raises ValueError for bad data, a folder in use, or a resume that differs; `Stopped` after a signal.
     """
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown:
         raise ValueError(f"stage {unknown[0]!r} is unknown: choose from {', '.join(STAGES)}")
+    _refuse_unequal_parts(recipe, world)
     (out / "run").mkdir(parents=True, exist_ok=True)
     lock = FileLock(out / "run" / "lock")
+    with world.main_first():
+        try:
+            if world.is_main:  # it stands for all processes
+                lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(
+                f"{out}: another run is training in this folder; wait for it, or choose another --out"
+            ) from None
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(
-            f"{out}: another run is training in this folder; wait for it, or choose another --out"
-        ) from None
-    try:
-        run = _prepare(data, out, recipe, init_from, device, dtype, quiet)
+        run = _prepare(data, out, recipe, init_from, device, dtype, quiet, world)
         _train(run, _with_settings(recipe, stages))
         return out
     finally:
         lock.release()
+
+
+def _refuse_unequal_parts(recipe: Recipe, world: World) -> None:
+    """Every stage's micro-batch must fall into equal parts: said before the first stage begins."""
+    for training in (recipe.dvae_training, recipe.transformer_training, recipe.clip_training):
+        if training is not None:
+            world.part(training.batch_size)
 
 
 def _with_settings(recipe: Recipe, stages: tuple[str, ...]) -> tuple[str, ...]:
@@ -98,6 +111,7 @@ def _prepare(
     device: torch.device,
     dtype: torch.dtype,
     quiet: bool,
+    world: World,
 ) -> Run:
     pairs = read_pairs(data)
     pairs.require_mostly_good()
@@ -112,17 +126,19 @@ def _prepare(
         raise ValueError(
             f"{data}: training needs pictures of split train and some held out; found {counts or 'none'}"
         )
-    bad = BadSampleLog(out / "run" / "bad_samples.jsonl", total=len(pairs) + len(pairs.bad))
+    file = f"bad_samples-{world.rank}.jsonl" if world.rank else "bad_samples.jsonl"  # what each process meets
+    bad = BadSampleLog(out / "run" / file, total=len(pairs) + len(pairs.bad))
     for sample in pairs.bad:
         bad.add(sample.key, sample.reason)
     config = {
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": recipe.identity(),
         "data": pairs.fingerprint,
         "dtype": str(dtype).removeprefix("torch."),
         "init_from": _init_identity(init_from, out),
     }
-    _refuse_other_settings(out / "run" / "config.json", config, out)
-    return Run(out, recipe, data, pairs, learned, held_out, bad, device, dtype, init_from, quiet)
+    with world.main_first():
+        _refuse_other_settings(out / "run" / "config.json", config, out)
+    return Run(out, recipe, data, pairs, learned, held_out, bad, device, dtype, init_from, quiet, world)
 
 
 def _refuse_other_settings(path: Path, config: dict[str, Any], out: Path) -> None:
@@ -167,6 +183,8 @@ def _finish(run: Run) -> None:
 
     Without a transformer, a CLIP and its tokenizer are a ranker.
     """
+    if not run.world.is_main:
+        return
     done = run.records()
     if "transformer" in done:
         write_card(run.out, run.recipe, run.data, run.pairs, run.init_from)

@@ -3,6 +3,7 @@
 Shapes: B batch, T text slots, N image tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from dalle.data.pairs import Pair
+from dalle.data.tokens import Tokens
 from dalle.dvae import DiscreteVAE
 from dalle.evaluation.protocols import decode, first_captions, measure_losses
 from dalle.evaluation.sheets import pairs_sheet, spread
@@ -18,6 +20,7 @@ from dalle.generation.engine import Engine
 from dalle.generation.options import GenerationOptions
 from dalle.tokenizer import Tokenizer
 from dalle.training.order import Order, rng
+from dalle.training.processes import ALONE, World
 from dalle.training.recipe import Balance, TransformerTraining
 from dalle.transformer import Transformer
 
@@ -29,7 +32,7 @@ class Sequences:
     """Captioned pictures as the transformer sees them: pairs, and the tokens of each pair's picture, once or more."""
 
     pairs: list[Pair]
-    encodings: list[np.ndarray]  # each (M, G, G) uint16
+    encodings: Sequence[np.ndarray | Tokens]  # each (M, G, G) uint16, in memory or on disk
 
     def image(self, index: int, encoding: int = 0) -> np.ndarray:
         """The image tokens of pair `index` in raster order, (N,) int64."""
@@ -53,13 +56,15 @@ class TransformerStage:
         seed: int,
         balance: Balance | None,
         sampling: GenerationOptions,
+        world: World = ALONE,
     ) -> None:
         self.model, self.settings, self.seed = model, settings, seed
         self.tokenizer, self.dvae, self.sampling = tokenizer, dvae, sampling
         self.train, self.held_out = train, held_out
         self.device = next(model.parameters()).device
         model.set_dropout(settings.dropout)
-        self.order = Order(train.pairs, seed, balance)
+        self.order = Order(train.pairs, seed, balance, world=world)
+        self.world = world
         self.captions, self.n_truncated = fitting_captions(train.pairs, tokenizer)
         self.validation_members = spread(range(len(held_out.pairs)), settings.n_validation)
         self.sheet_members = spread(self.validation_members, SHEET_CAPTIONS)
@@ -91,7 +96,8 @@ class TransformerStage:
         """1/8 text + 7/8 image cross-entropy of a micro-batch, nats per token."""
         text, image = batch
         generator = rng(self.seed, "noise", number)
-        torch.manual_seed(int(generator.integers(2**63)))  # dropout draws from the global generator
+        # Dropout draws from the global generator: each process for its own part, which is not one process's draw.
+        torch.manual_seed((int(generator.integers(2**63)) + self.world.rank) % 2**63)
         losses = self.model.loss(text, image, self._disturbed(image, generator))
         return losses.total, {"text_loss": losses.text.detach(), "image_loss": losses.image.detach()}
 
@@ -99,8 +105,10 @@ class TransformerStage:
         """The image tokens (B, N) with some of them replaced; None when the recipe replaces none."""
         if self.settings.token_noise == 0:
             return None
-        is_replaced = torch.from_numpy(generator.random(image.shape) < self.settings.token_noise)
-        others = torch.from_numpy(generator.integers(self.model.config.n_image_vocab, size=image.shape))
+        shape = (self.world.size * len(image), image.shape[1])  # of all processes' parts: each takes its own
+        part = self.world.part(shape[0])
+        is_replaced = torch.from_numpy(generator.random(shape) < self.settings.token_noise)[part]
+        others = torch.from_numpy(generator.integers(self.model.config.n_image_vocab, size=shape))[part]
         return torch.where(is_replaced.to(image.device), others.to(image.device), image)
 
     def _held_out(self, members: list[int]) -> tuple[Tensor, Tensor]:
@@ -109,8 +117,15 @@ class TransformerStage:
         return text, torch.from_numpy(np.stack([self.held_out.image(index) for index in members]))
 
     def validate(self) -> dict[str, float]:
-        """Losses on held-out pairs in nats per token: with their captions, and with other pictures' captions."""
-        return asdict(measure_losses(self.model, *self._held_out(self.validation_members)))
+        """Losses on held-out pairs in nats per token: with their captions, and with other pictures' captions.
+
+        Several processes share the pairs, if they can be shared equally: a sharded model needs all at every call.
+        """
+        n, rows = len(self.validation_members), slice(None)
+        if n % self.world.size == 0:
+            rows = self.world.part(n)
+        figures = asdict(measure_losses(self.model, *self._held_out(self.validation_members), rows))
+        return dict(zip(figures, self.world.means(list(figures.values())), strict=True))
 
     def sheet(self) -> Image:
         """One draw for each of some held-out captions, each below the reconstruction of its true picture."""
