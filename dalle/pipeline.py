@@ -24,7 +24,7 @@ from dalle import __version__
 from dalle.config import validate
 from dalle.dvae import DiscreteVAE
 from dalle.generation.completion import complete, region_to_draw
-from dalle.generation.engine import ROWS_PER_BATCH, Engine, plan_batches
+from dalle.generation.engine import Engine, plan_batches, rows_that_pay
 from dalle.generation.options import GenerationOptions
 from dalle.generation.precision import (
     as_dtype,
@@ -282,7 +282,7 @@ class DallePipeline:
         ranker: Ranker | None = None,
         progress: Progress | None = None,
         callback_on_row_end: RowCallback | None = None,
-        rows_per_batch: int = ROWS_PER_BATCH,
+        rows_per_batch: int | None = None,
         n_threads: int | None = None,
     ) -> PipelineOutput:
         """Draws `num_images_per_prompt` pictures for each caption; candidate i of the call uses seed + i.
@@ -303,7 +303,7 @@ class DallePipeline:
             progress: called with (grid rows done, of how many) over all batches; ranking counts as one row a chunk.
             callback_on_row_end: called with (pipe, grid row, tokens (R, G, G) with -1 where not drawn yet);
                 returning True stops the run, and finished pictures are returned.
-            rows_per_batch: the most pictures drawn side by side; part of the recipe.
+            rows_per_batch: the most pictures drawn side by side; part of the recipe. None: 64, small models up to 256.
             n_threads: of the CPU, for drawing; None follows from the model's width and the number of pictures.
 
         Raises:
@@ -332,6 +332,7 @@ class DallePipeline:
         n_rows, n_candidates = len(seeds), len(requests[0].seeds)
         completion = self.completion(requests[0])
         vectors = None if ranker is None else ranker.encode_captions(captions, truncate)
+        rows_per_batch = rows_that_pay(self.transformer) if rows_per_batch is None else rows_per_batch
         plan = plan_batches([n_candidates] * len(captions), rows_per_batch)
         n_done, n_total = 0, len(plan) * self.transformer.config.grid_size
         n_total += 0 if ranker is None else len(captions) * math.ceil(n_candidates / CHUNK)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dalle.generation.engine import Batch, Engine, plan_batches
+from dalle.generation.engine import Batch, Engine, plan_batches, rows_that_pay
 from dalle.generation.options import GenerationOptions
 from dalle.generation.sampling import combine_guidance, sample, uniforms
 from dalle.transformer import Transformer, TransformerConfig
@@ -342,3 +342,22 @@ def test_arguments_that_do_not_fit_are_refused(
 def test_batches_of_no_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="rows_per_batch is 0"):
         Engine(build()).generate(captions(1), [0], rows_per_batch=0)
+
+
+def test_small_models_draw_more_pictures_side_by_side_and_caches_stay_bounded() -> None:
+    def of(n_layers: int, n_heads: int, grid: int) -> Transformer:
+        config = TransformerConfig(
+            n_layers=n_layers,
+            n_heads=n_heads,
+            d_head=64,
+            n_text_tokens=32,
+            n_text_vocab=64,
+            grid_size=grid,
+            n_image_vocab=64,
+        )
+        with torch.device("meta"):
+            return Transformer(config).to(torch.bfloat16)
+
+    small, larger, large = of(6, 4, 8), of(6, 8, 16), of(8, 8, 32)
+    assert [rows_that_pay(one) for one in (small, larger, large)] == [256, 256, 64]
+    assert rows_that_pay(larger.float()) == 128
