@@ -59,12 +59,12 @@ CPU = Machine(0.43 * TERA, 34.7 * GIGA)  # two quiet cores, docs/performance.md
 # How near the parts of a CPU's update come to those peaks. `python benchmarks/plan.py --calibrate` prints this table,
 # from a profile of a model (4 layers x 384, 40 + 100 tokens) that is none of those the plan is checked on.
 EFFICIENCY = {
-    "layers": 0.88,  # bfloat16 products of the layers, forwards and backwards
-    "head_forward": 0.38,  # fp32 products, over the bfloat16 peak
-    "head_backward": 0.90,
-    "attention": 0.55,  # small batched products, over all pairs of slots: a CPU masks, it does not skip
-    "muon": 0.95,  # products of the sizes of weights
-    "bytes": 0.67,  # element-wise work, over the bandwidth
+    "layers": 0.98,  # bfloat16 products of the layers, forwards and backwards
+    "head_forward": 0.45,  # fp32 products, over the bfloat16 peak
+    "head_backward": 0.97,
+    "attention": 0.78,  # small batched products, over all pairs of slots: a CPU masks, it does not skip
+    "muon": 1.0,  # products of the sizes of weights
+    "bytes": 0.59,  # element-wise work, over the bandwidth
 }
 # Bytes moved by all that is no matrix product. Of a layer, over what it keeps for its backward pass: norms, casts, GELU,
 # residual sums, copies between the layouts of heads, counted one by one 310 C a slot both ways, of 36 C kept.
