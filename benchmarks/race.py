@@ -53,6 +53,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument(
+        "--samplers", nargs="+", choices=[*NAMES, STOCK], default=[*NAMES, STOCK], metavar="NAME"
+    )
     parser.add_argument("--grid", type=int, default=32)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     arguments = parser.parse_args()
@@ -61,6 +64,7 @@ def main() -> None:
     for rows in arguments.rows:
         names = [name for name in NAMES if name != "min-dalle" or round(rows**0.5) ** 2 == rows]
         names += [STOCK] if rows == 1 else []
+        names = [name for name in names if name in arguments.samplers or name == "ours"]
         found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
         for _ in range(arguments.rounds):
             for name in names:
