@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # The architecture, top to bottom: a file imports from lower rows or its own folder, never from its own row.
 LAYERS = (
     ("cli",),
+    ("commands",),
     ("training", "serving", "importers"),
     ("evaluation",),
     ("pipeline",),

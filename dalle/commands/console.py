@@ -1,0 +1,103 @@
+"""What commands share: their common options, where their log goes, how they print."""
+
+import json
+import logging
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Model = Annotated[
+    str | None, typer.Option("--model", help="Model folder or Hub id; the bundled model if left out.")
+]
+RankerFolder = Annotated[
+    str | None,
+    typer.Option("--ranker", help="Model folder or Hub id with a CLIP; the model's own if left out."),
+]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16; to draw, int8 too.")]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda or cuda:N; the first GPU if there is one.")
+]
+
+
+def log_to_stderr(quiet: bool = False) -> None:
+    logging.basicConfig(
+        level=logging.WARNING if quiet else logging.INFO, format="%(message)s", stream=sys.stderr
+    )
+    for noisy in ("httpx", "httpx2", "httpcore", "huggingface_hub", "filelock", "PIL", "fontTools"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def device_named(name: str | None) -> Any:
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+        raise ValueError(f"device {name!r} is unknown: use cpu, cuda or cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device {name!r}: this machine has no CUDA GPU that torch can use: pass --device cpu"
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r}: this machine has {torch.cuda.device_count()} GPUs, from cuda:0")
+    return device
+
+
+def launched(device: str | None) -> tuple[Any, Any]:
+    """This process's place among those of a launcher such as torchrun, and its device; only the main one speaks."""
+    from dalle.training.processes import ALONE, device_of, world_of_launcher
+
+    world = world_of_launcher() or ALONE
+    if not world.is_main:
+        logging.disable(logging.WARNING)
+    return world, device_of(world, device_named(device))
+
+
+def dtype_named(name: str, device: Any) -> Any:
+    import torch
+
+    from dalle.generation.precision import default_dtype
+
+    dtypes = {"auto": default_dtype(device), "float32": torch.float32, "bfloat16": torch.bfloat16}
+    if name not in dtypes:
+        raise ValueError(f"dtype {name!r} is unknown: use {', '.join(dtypes)}")
+    return dtypes[name]
+
+
+def print_json(value: object) -> None:
+    print(json.dumps(value, ensure_ascii=True))
+
+
+def print_folder(folder: Path, as_json: bool) -> None:
+    if as_json:
+        print_json({"folder": str(folder)})
+    else:
+        print(folder)
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+class RowsBar:
+    """A progress bar on stderr for `progress(done, total)` callbacks; silent with --json."""
+
+    def __init__(self, name: str, silent: bool) -> None:
+        self.name, self.silent = name, silent
+
+    def __enter__(self) -> Any:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        self._bar = Progress(console=Console(stderr=True), disable=self.silent or not sys.stderr.isatty())
+        self._bar.start()
+        task = self._bar.add_task(self.name, total=None)
+        return lambda done, total: self._bar.update(task, completed=done, total=total)
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()

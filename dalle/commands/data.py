@@ -1,0 +1,88 @@
+"""Commands of data sets: inspect, filter, emoji."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dalle.commands.console import Device, Json, RowsBar, device_named, log_to_stderr, print_json, say
+
+
+def inspect(
+    data: Annotated[str, typer.Argument(help="Any data set that `dalle train` reads.")],
+    as_json: Json = False,
+) -> None:
+    """Print counts, picture sizes, caption lengths and problems."""
+    log_to_stderr(as_json)
+    from dalle.data.inspect import inspect as look
+    from dalle.data.pairs import read_pairs
+
+    found = look(read_pairs(data))
+    if as_json:
+        print_json(found.to_json())
+    else:
+        print("\n".join(found.lines()))
+
+
+def filter_data(
+    data: Annotated[str, typer.Argument(help="Any data set that `dalle train` reads.")],
+    out: Annotated[Path, typer.Option(help="New folder; it names the pairs, and copies no picture.")],
+    against: Annotated[
+        list[str] | None, typer.Option(help="A further evaluation set, whose pictures train must not hold.")
+    ] = None,
+    ranker: Annotated[
+        str | None, typer.Option("--ranker", help="Compare by this CLIP, not by perceptual hashes.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="K=V",
+            help="min_words, languages, drop_boilerplate, max_aspect_ratio, drop_duplicates, similarity.",
+        ),
+    ] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """The paper's filters, and no training picture that an evaluation set holds: a data set that train reads."""
+    log_to_stderr(as_json)
+    from dalle.config import override, validate
+    from dalle.data.filters import FilterSettings, filter_pairs
+    from dalle.data.pairs import read_pairs
+    from dalle.generation.rerank import Ranker
+    from dalle.model_folder import model_folder
+
+    chosen = validate(FilterSettings, override({}, settings or []), "filter")
+    judge = None if ranker is None else Ranker.from_pretrained(model_folder(ranker))
+    if judge is not None:
+        judge.clip.to(device_named(device))
+    pairs = read_pairs(data)
+    others = [read_pairs(other) for other in against or []]
+    describe = None if judge is None else judge.describe
+    with RowsBar("filtering", as_json) as progress:
+        found = filter_pairs(pairs, out, chosen, against=others, describe=describe, progress=progress)
+    if as_json:
+        print_json(found.to_json())
+    else:
+        print("\n".join(found.lines()))
+
+
+def emoji(
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    size: Annotated[int, typer.Option(help="Picture side in pixels.")] = 128,
+    add: Annotated[
+        list[str] | None,
+        typer.Option(help="Further sets: openmoji, openmoji-black, emojione-v1 (share-alike), symbola."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Build the open art set from npm packages: emoji in 12 styles with captions, splits and licences."""
+    log_to_stderr(as_json)
+    from dalle.data.art.emoji import build_emoji_set
+
+    summary = build_emoji_set(out, size=size, extra=tuple(add or ()), progress=None if as_json else say)
+    if as_json:
+        print_json(asdict(summary))
+    else:
+        print(out)
