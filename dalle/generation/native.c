@@ -4,7 +4,7 @@
 // What dalle/generation/decoder.py does with tensor operations. For few pictures a step is as long as its weights take to
 // read, and starting thirty operations a layer would take as long again; for many, the products of every picture with a
 // small window of its own are thousands of tiny ones. Compiled by native.py.
-// All sums are float; weights and caches are float or bfloat16 (T).
+// All sums are float; weights and caches are float or bfloat16 (T); what enters a product, see input_bfloat16.
 //
 // Shapes: H heads, R pictures, P captions, S text slots with BOS, L slots of the image cache, W of them seen, D head
 // width, C = H D. Weights are as PyTorch keeps them: (outputs, inputs).
@@ -12,6 +12,9 @@
 #include <math.h>
 #include <omp.h>
 #include <stdint.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 typedef uint16_t bfloat16;
 
@@ -59,6 +62,72 @@ static const float EPSILON = 1e-5f;  // LAYER_NORM_EPS of transformer.py
 // x sigmoid(1.702 x), as in MLPResblock
 static inline float gelu(float x) { return x / (1 + expf(-1.702f * x)); }
 
+enum { MAX_PICTURES = 8 };  // whose layers are computed here; as in native.py
+
+// What enters a product with weights of a type: with AVX512-BF16, bfloat16 meets bfloat16, as in PyTorch's own products.
+typedef float input_float;
+static inline float write_input_float(float x) { return x; }
+static inline void dots_float(const float *restrict x, int64_t n_pictures, const float *restrict w, int64_t n,
+                              float *restrict sums) {  // of one output's weights (n,) with each picture's inputs (R, n)
+    for (int64_t r = 0; r < n_pictures; r++) {
+        float sum = 0;
+        for (int64_t i = 0; i < n; i++) sum += x[r * n + i] * w[i];
+        sums[r] = sum;
+    }
+}
+
+#ifdef __AVX512BF16__
+typedef bfloat16 input_bfloat16;
+static inline bfloat16 write_input_bfloat16(float x) { return write_bfloat16(x); }
+static inline __attribute__((always_inline)) void few_dots(const bfloat16 *restrict x, const int n_pictures,
+                                                           const bfloat16 *restrict w, int64_t n, float *restrict sums) {
+    __m512 sum[MAX_PICTURES];
+#pragma GCC unroll 8
+    for (int r = 0; r < n_pictures; r++) sum[r] = _mm512_setzero_ps();
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32) {
+        const __m512bh weights = (__m512bh)_mm512_loadu_si512(w + i);
+        _mm_prefetch((const char *)(w + i + 1024), _MM_HINT_T0);  // of the outputs that follow
+#pragma GCC unroll 8
+        for (int r = 0; r < n_pictures; r++)
+            sum[r] = _mm512_dpbf16_ps(sum[r], (__m512bh)_mm512_loadu_si512(x + r * n + i), weights);
+    }
+    if (i < n) {
+        const __mmask32 rest = ((__mmask32)1 << (n - i)) - 1;
+        const __m512bh weights = (__m512bh)_mm512_maskz_loadu_epi16(rest, w + i);
+#pragma GCC unroll 8
+        for (int r = 0; r < n_pictures; r++)
+            sum[r] = _mm512_dpbf16_ps(sum[r], (__m512bh)_mm512_maskz_loadu_epi16(rest, x + r * n + i), weights);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < n_pictures; r++) sums[r] = _mm512_reduce_add_ps(sum[r]);
+}
+static void dots_bfloat16(const bfloat16 *restrict x, int64_t n_pictures, const bfloat16 *restrict w, int64_t n,
+                          float *restrict sums) {
+    switch (n_pictures) {  // a constant number of sums stays in registers
+        case 1: few_dots(x, 1, w, n, sums); break;
+        case 2: few_dots(x, 2, w, n, sums); break;
+        case 3: few_dots(x, 3, w, n, sums); break;
+        case 4: few_dots(x, 4, w, n, sums); break;
+        case 5: few_dots(x, 5, w, n, sums); break;
+        case 6: few_dots(x, 6, w, n, sums); break;
+        case 7: few_dots(x, 7, w, n, sums); break;
+        case 8: few_dots(x, 8, w, n, sums); break;
+    }
+}
+#else
+typedef float input_bfloat16;
+static inline float write_input_bfloat16(float x) { return x; }
+static inline void dots_bfloat16(const float *restrict x, int64_t n_pictures, const bfloat16 *restrict w, int64_t n,
+                                 float *restrict sums) {
+    for (int64_t r = 0; r < n_pictures; r++) {
+        float sum = 0;
+        for (int64_t i = 0; i < n; i++) sum += x[r * n + i] * read_bfloat16(w[i]);
+        sums[r] = sum;
+    }
+}
+#endif
+
 #define DEFINE(T)                                                                                                     \
     static inline float dot_##T(const float *restrict x, const T *restrict w, int64_t n) {                            \
         float sum = 0;                                                                                                \
@@ -66,27 +135,28 @@ static inline float gelu(float x) { return x / (1 + expf(-1.702f * x)); }
         return sum;                                                                                                   \
     }                                                                                                                 \
                                                                                                                       \
-    static void norm_##T(const float *restrict x, const T *restrict gain, const T *restrict bias, float *restrict y,  \
-                         int64_t n) {                                                                                 \
+    static void norm_##T(const float *restrict x, const T *restrict gain, const T *restrict bias,                     \
+                         input_##T *restrict y, int64_t n) {                                                          \
         float mean = 0, variance = 0;                                                                                 \
         for (int64_t i = 0; i < n; i++) mean += x[i];                                                                 \
         mean /= n;                                                                                                    \
         for (int64_t i = 0; i < n; i++) variance += (x[i] - mean) * (x[i] - mean);                                    \
         const float scale = 1 / sqrtf(variance / n + EPSILON);                                                        \
-        for (int64_t i = 0; i < n; i++) y[i] = (x[i] - mean) * scale * read_##T(gain[i]) + read_##T(bias[i]);         \
+        for (int64_t i = 0; i < n; i++)                                                                               \
+            y[i] = write_input_##T((x[i] - mean) * scale * read_##T(gain[i]) + read_##T(bias[i]));                    \
     }                                                                                                                 \
                                                                                                                       \
     /* One picture and one head: store key and value, score, softmax, mix. */                                         \
-    static void attend_##T(const struct stream *s, int64_t h, int64_t r, const float *qkv, float *mixed,              \
-                           float *restrict scores) {                                                                  \
-        const int64_t d = s->d_head, c = s->n_heads * d, n = s->n_text + s->n_seen;                                   \
+    static inline __attribute__((always_inline)) void attend_##T(const struct stream *s, int64_t h, int64_t r,        \
+                                                                 const float *qkv, input_##T *mixed,                  \
+                                                                 float *restrict scores, const int64_t d) {           \
+        const int64_t c = s->n_heads * d, n = s->n_text + s->n_seen;                                                  \
         const float *own = qkv + r * 3 * c + h * d, scale = 1 / sqrtf((float)d);                                      \
         T *image_keys = (T *)s->memory + (h * s->n_pictures + r) * s->n_slots * d;                                    \
         T *image_values = image_keys + c * s->n_pictures * s->n_slots;                                                \
         const int64_t text = (h * s->n_captions + s->caption_of[r]) * s->n_text * d;                                  \
         const T *keys = (const T *)s->keys + text, *values = (const T *)s->values + text;                             \
-        float *restrict sum = mixed + r * c + h * d;                                                                  \
-        float total = 0, largest;                                                                                     \
+        float total = 0, largest, sum[d];                                                                             \
         for (int64_t i = 0; i < d; i++) {                                                                             \
             image_keys[s->slot * d + i] = write_##T(own[c + i]);                                                      \
             image_values[s->slot * d + i] = write_##T(own[2 * c + i]);                                                \
@@ -107,37 +177,44 @@ static inline float gelu(float x) { return x / (1 + expf(-1.702f * x)); }
             const T *value = image_values + s->seen[w] * d;                                                           \
             for (int64_t i = 0; i < d; i++) sum[i] += scores[s->n_text + w] * read_##T(value[i]);                     \
         }                                                                                                             \
-        for (int64_t i = 0; i < d; i++) sum[i] /= total;                                                              \
+        for (int64_t i = 0; i < d; i++) mixed[r * c + h * d + i] = write_input_##T(sum[i] / total);                   \
     }                                                                                                                 \
                                                                                                                       \
     void layer_##T(const struct layer *l, const struct stream *s) {                                                   \
         const int64_t c = s->n_heads * s->d_head, n = s->n_pictures;                                                  \
-        float *qkv = s->scratch, *mixed = qkv + 3 * c * n, *inner = mixed + c * n, *per_thread = inner + 4 * c * n;   \
+        float *qkv = s->scratch, *per_thread = qkv + 8 * c * n;                                                       \
+        input_##T *mixed = (input_##T *)(qkv + 3 * c * n), *inner = (input_##T *)(qkv + 4 * c * n);                   \
         const int64_t n_per_thread = c * n + s->n_text + s->n_slots;                                                  \
         _Pragma("omp parallel num_threads(s->n_threads)") {                                                           \
-            float *normed = per_thread + omp_get_thread_num() * n_per_thread, *scores = normed + c * n;               \
+            float *own = per_thread + omp_get_thread_num() * n_per_thread, *scores = own + c * n, sums[MAX_PICTURES]; \
+            input_##T *normed = (input_##T *)own;                                                                     \
             for (int64_t r = 0; r < n; r++) /* by every thread for itself: cheaper than waiting */                    \
                 norm_##T(s->x + r * c, l->norm_gain, l->norm_bias, normed + r * c, c);                                \
-            _Pragma("omp for schedule(static)") for (int64_t o = 0; o < 3 * c; o++)                                   \
-                for (int64_t r = 0; r < n; r++)                                                                       \
-                    qkv[r * 3 * c + o] = dot_##T(normed + r * c, (const T *)l->qkv + o * c, c) +                      \
-                                         read_##T(((const T *)l->qkv_bias)[o]);                                       \
+            _Pragma("omp for schedule(static)") for (int64_t o = 0; o < 3 * c; o++) {                                 \
+                dots_##T(normed, n, (const T *)l->qkv + o * c, c, sums);                                              \
+                for (int64_t r = 0; r < n; r++) qkv[r * 3 * c + o] = sums[r] + read_##T(((const T *)l->qkv_bias)[o]); \
+            }                                                                                                         \
             _Pragma("omp for schedule(static)") for (int64_t i = 0; i < s->n_heads * n; i++)                          \
-                attend_##T(s, i / n, i % n, qkv, mixed, scores);                                                      \
-            _Pragma("omp for schedule(static)") for (int64_t o = 0; o < c; o++)                                       \
-                for (int64_t r = 0; r < n; r++)                                                                       \
-                    s->x[r * c + o] += dot_##T(mixed + r * c, (const T *)l->out + o * c, c) +                         \
-                                       read_##T(((const T *)l->out_bias)[o]);                                         \
+                if (s->d_head == 64) /* a constant: its sums stay in registers */                                     \
+                    attend_##T(s, i / n, i % n, qkv, mixed, scores, 64);                                              \
+                else                                                                                                  \
+                    attend_##T(s, i / n, i % n, qkv, mixed, scores, s->d_head);                                       \
+            _Pragma("omp for schedule(static)") for (int64_t o = 0; o < c; o++) {                                     \
+                dots_##T(mixed, n, (const T *)l->out + o * c, c, sums);                                               \
+                for (int64_t r = 0; r < n; r++) s->x[r * c + o] += sums[r] + read_##T(((const T *)l->out_bias)[o]);   \
+            }                                                                                                         \
             for (int64_t r = 0; r < n; r++)                                                                           \
                 norm_##T(s->x + r * c, l->mlp_gain, l->mlp_bias, normed + r * c, c);                                  \
-            _Pragma("omp for schedule(static)") for (int64_t o = 0; o < 4 * c; o++)                                   \
+            _Pragma("omp for schedule(static)") for (int64_t o = 0; o < 4 * c; o++) {                                 \
+                dots_##T(normed, n, (const T *)l->expand + o * c, c, sums);                                           \
                 for (int64_t r = 0; r < n; r++)                                                                       \
-                    inner[r * 4 * c + o] = gelu(dot_##T(normed + r * c, (const T *)l->expand + o * c, c) +            \
-                                                read_##T(((const T *)l->expand_bias)[o]));                            \
-            _Pragma("omp for schedule(static)") for (int64_t o = 0; o < c; o++)                                       \
+                    inner[r * 4 * c + o] = write_input_##T(gelu(sums[r] + read_##T(((const T *)l->expand_bias)[o]))); \
+            }                                                                                                         \
+            _Pragma("omp for schedule(static)") for (int64_t o = 0; o < c; o++) {                                     \
+                dots_##T(inner, n, (const T *)l->contract + o * 4 * c, 4 * c, sums);                                  \
                 for (int64_t r = 0; r < n; r++)                                                                       \
-                    s->x[r * c + o] += dot_##T(inner + r * 4 * c, (const T *)l->contract + o * 4 * c, 4 * c) +        \
-                                       read_##T(((const T *)l->contract_bias)[o]);                                    \
+                    s->x[r * c + o] += sums[r] + read_##T(((const T *)l->contract_bias)[o]);                          \
+            }                                                                                                         \
         }                                                                                                             \
     }                                                                                                                 \
                                                                                                                       \
@@ -188,8 +265,13 @@ static inline float gelu(float x) { return x / (1 + expf(-1.702f * x)); }
     /* Logits (R, K) of what the head reads, x (R, C). */                                                             \
     void head_##T(const T *head, const float *x, float *logits, int64_t n, int64_t c, int64_t n_codes,                \
                   int64_t n_threads) {                                                                                \
-        _Pragma("omp parallel for schedule(static) num_threads(n_threads)") for (int64_t o = 0; o < n_codes; o++)     \
-            for (int64_t r = 0; r < n; r++) logits[r * n_codes + o] = dot_##T(x + r * c, head + o * c, c);            \
+        input_##T inputs[n * c];                                                                                      \
+        for (int64_t i = 0; i < n * c; i++) inputs[i] = write_input_##T(x[i]);                                        \
+        _Pragma("omp parallel for schedule(static) num_threads(n_threads)") for (int64_t o = 0; o < n_codes; o++) {   \
+            float sums[MAX_PICTURES];                                                                                 \
+            dots_##T(inputs, n, head + o * c, c, sums);                                                               \
+            for (int64_t r = 0; r < n; r++) logits[r * n_codes + o] = sums[r];                                        \
+        }                                                                                                             \
     }
 
 DEFINE(float)

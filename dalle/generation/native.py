@@ -30,7 +30,9 @@ SOURCE = Path(__file__).with_name("native.c")
 # The flags of fast maths are for compiling only: at linking, gcc would turn denormal numbers off in the whole process.
 COMPILE = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-c")
 LINK = ("-shared", "-fopenmp")
-MAX_PICTURES = 4  # above, PyTorch's matrix products read the weights as fast and compute faster
+MAX_PICTURES = (
+    8  # as in native.c; above, PyTorch's matrix products read the weights as fast and compute faster
+)
 NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 
 
