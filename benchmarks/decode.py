@@ -23,10 +23,10 @@ import torch
 from machine import bandwidth, gemm_peak
 from torch.utils.flop_counter import FlopCounterMode
 
-from dalle.attention import AttentionPlan, allowed_image_keys, layer_kinds
+from dalle.attention import allowed_image_keys, layer_kinds
 from dalle.config import load_preset, validate
 from dalle.generation.decoder import Decoder
-from dalle.generation.engine import Engine
+from dalle.generation.engine import Engine, cache_bytes
 from dalle.generation.options import GenerationOptions
 from dalle.generation.precision import decode_threads, default_dtype, threads
 from dalle.pipeline import DallePipeline
@@ -92,15 +92,6 @@ def floor(config: TransformerConfig, n_rows: int, bytes_a_second: float, flops_a
     moved = WEIGHT_BYTES * (weights + 2 * width * caption + n_rows * 2 * width * image)
     flops = n_rows * (2 * weights + 4 * width * (caption + image))
     return max(moved / bytes_a_second, flops / flops_a_second)
-
-
-def cache_bytes(config: TransformerConfig) -> int:
-    """Image keys and values that one picture keeps, by the formula of the masks."""
-    slots = sum(
-        AttentionPlan(kind, config.n_text_tokens, config.grid_size, config.conv_kernel).n_slots
-        for kind in layer_kinds(config.n_layers, config.layers)
-    )
-    return WEIGHT_BYTES * 2 * config.d_model * slots
 
 
 def draw(model: str, n_rows: int, n_grid_rows: int, way: str, device: str) -> dict[str, float]:
@@ -288,7 +279,9 @@ def main() -> None:
             config = sizes(model)
             grown = (peaks[model, 512] - peaks[model, 64]) / (512 - 64)
             dense = WEIGHT_BYTES * 2 * config.d_model * config.n_layers * (config.n_image_tokens - 1)
-            print(f"| {model} | {grown / 1e6:.2f} | {cache_bytes(config) / 1e6:.2f} | {dense / 1e6:.2f} |")
+            print(
+                f"| {model} | {grown / 1e6:.2f} | {cache_bytes(config, WEIGHT_BYTES) / 1e6:.2f} | {dense / 1e6:.2f} |"
+            )
     if device == "cuda":
         return
     print("\n| dtype | divergence from float32, nats a token |\n|---|---|")

@@ -12,8 +12,13 @@ import torch
 from dalle import images
 from dalle.data.pairs import PairSet, read_pairs
 from dalle.data.shapes import write_shapes
-from dalle.data.tokens import TokenStore, encode_pairs, encode_part
+from dalle.data.tokens import TokenStore, encode_part
 from dalle.dvae import DiscreteVAE, DVAEConfig
+
+
+def encoded(*arguments: Any, **settings: Any) -> TokenStore:
+    """The store of one process that has encoded everything."""
+    return TokenStore(encode_part(*arguments, **settings))
 
 
 def make_dvae(seed: int = 0) -> DiscreteVAE:
@@ -86,7 +91,7 @@ def test_processes_encode_apart_what_one_encodes_and_any_number_goes_on(
 
 def test_stored_tokens_equal_those_of_each_picture_encoded_alone(tmp_path: Path, pairs: PairSet) -> None:
     dvae = make_dvae()
-    store = encode_pairs(pairs, dvae, tmp_path, crop="center", seed=0, batch_size=7)
+    store = encoded(pairs, dvae, tmp_path, crop="center", seed=0, batch_size=7)
     assert store.tokens.shape == (40, 2, 2) and store.tokens[0].dtype == np.uint16
     assert store.keys == [pair.key for pair in pairs]
     assert store.valid.tolist() == list(range(40))
@@ -100,7 +105,7 @@ def test_paper_crops_depend_on_seed_and_key_and_not_on_the_batch(tmp_path: Path,
     dvae = make_dvae()
 
     def stored(folder: str, pairs: PairSet, seed: int, batch_size: int) -> list[list[list[int]]]:
-        made = encode_pairs(pairs, dvae, tmp_path / folder, crop="paper", seed=seed, batch_size=batch_size)
+        made = encoded(pairs, dvae, tmp_path / folder, crop="paper", seed=seed, batch_size=batch_size)
         return [grid.tolist() for grid in made.tokens]
 
     reference = stored("a", pairs, seed=3, batch_size=64)
@@ -111,21 +116,19 @@ def test_paper_crops_depend_on_seed_and_key_and_not_on_the_batch(tmp_path: Path,
 
 def test_a_killed_encoding_goes_on_where_it_stopped(tmp_path: Path, pairs: PairSet) -> None:
     dvae = make_dvae()
-    whole = encode_pairs(pairs, dvae, tmp_path / "whole", crop="paper", seed=0, batch_size=2)
+    whole = encoded(pairs, dvae, tmp_path / "whole", crop="paper", seed=0, batch_size=2)
 
     def kill_after(n_done: int, total: int) -> None:
         if n_done >= 23:
             raise Killed
 
     with pytest.raises(Killed):
-        encode_pairs(
-            pairs, dvae, tmp_path / "killed", crop="paper", seed=0, batch_size=2, progress=kill_after
-        )
+        encoded(pairs, dvae, tmp_path / "killed", crop="paper", seed=0, batch_size=2, progress=kill_after)
     (folder,) = (tmp_path / "killed" / "tokens").iterdir()
     with pytest.raises(ValueError, match="holds 16 of 40 pictures"):  # a flush every eighth batch
         TokenStore(folder)
     seen: list[int] = []
-    resumed = encode_pairs(
+    resumed = encoded(
         pairs,
         dvae,
         tmp_path / "killed",
@@ -140,25 +143,22 @@ def test_a_killed_encoding_goes_on_where_it_stopped(tmp_path: Path, pairs: PairS
 
 
 def test_a_finished_store_is_not_encoded_again(tmp_path: Path, pairs: PairSet) -> None:
-    first = encode_pairs(pairs, make_dvae(), tmp_path, crop="center", seed=0)
+    first = encoded(pairs, make_dvae(), tmp_path, crop="center", seed=0)
 
     def fail(n_done: int, total: int) -> None:
         raise AssertionError("encoded again")
 
-    assert (
-        encode_pairs(pairs, make_dvae(), tmp_path, crop="center", seed=0, progress=fail).folder
-        == first.folder
-    )
+    assert encoded(pairs, make_dvae(), tmp_path, crop="center", seed=0, progress=fail).folder == first.folder
 
 
 def test_another_dvae_data_set_crop_or_seed_makes_another_store(tmp_path: Path, pairs: PairSet) -> None:
     stores = [
-        encode_pairs(pairs[:3], make_dvae(), tmp_path, crop="center", seed=0),
-        encode_pairs(pairs[:3], make_dvae(1), tmp_path, crop="center", seed=0),
-        encode_pairs(pairs[:4], make_dvae(), tmp_path, crop="center", seed=0),
-        encode_pairs(pairs[:3], make_dvae(), tmp_path, crop="paper", seed=0),
-        encode_pairs(pairs[:3], make_dvae(), tmp_path, crop="near", seed=0),
-        encode_pairs(pairs[:3], make_dvae(), tmp_path, crop="center", seed=1),
+        encoded(pairs[:3], make_dvae(), tmp_path, crop="center", seed=0),
+        encoded(pairs[:3], make_dvae(1), tmp_path, crop="center", seed=0),
+        encoded(pairs[:4], make_dvae(), tmp_path, crop="center", seed=0),
+        encoded(pairs[:3], make_dvae(), tmp_path, crop="paper", seed=0),
+        encoded(pairs[:3], make_dvae(), tmp_path, crop="near", seed=0),
+        encoded(pairs[:3], make_dvae(), tmp_path, crop="center", seed=1),
     ]
     assert len({store.folder for store in stores}) == 6
     assert TokenStore(stores[3].folder).settings["crop"] == "paper"
@@ -168,13 +168,13 @@ def test_corrupt_pictures_are_logged_and_left_out_of_valid(tmp_path: Path) -> No
     write_shapes(tmp_path / "data", n=20, seed=0)
     broken = tmp_path / "data" / "000004.png"
     broken.write_bytes(broken.read_bytes()[:50])
-    store = encode_pairs(read_pairs(tmp_path / "data"), make_dvae(), tmp_path / "run", crop="paper", seed=0)
+    store = encoded(read_pairs(tmp_path / "data"), make_dvae(), tmp_path / "run", crop="paper", seed=0)
     assert store.valid.tolist() == [n for n in range(20) if n != 4]
     assert '"key": "000004.png"' in (tmp_path / "run" / "bad_samples.jsonl").read_text()
 
     (tmp_path / "data" / "000009.png").write_bytes(b"not a picture")
     with pytest.raises(ValueError, match="2 of 20 samples are bad"):
-        encode_pairs(read_pairs(tmp_path / "data"), make_dvae(), tmp_path / "run", crop="paper", seed=0)
+        encoded(read_pairs(tmp_path / "data"), make_dvae(), tmp_path / "run", crop="paper", seed=0)
 
 
 def test_skipped_samples_are_listed_and_count_among_all_samples(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_skipped_samples_are_listed_and_count_among_all_samples(tmp_path: Path) 
     (tmp_path / "data" / "orphan.txt").write_text("no picture")
     broken = tmp_path / "data" / "000004.png"
     broken.write_bytes(broken.read_bytes()[:50])  # 2 of 200 are bad, not 2 of 199
-    encode_pairs(read_pairs(tmp_path / "data"), make_dvae(), tmp_path / "run", crop="center", seed=0)
+    encoded(read_pairs(tmp_path / "data"), make_dvae(), tmp_path / "run", crop="center", seed=0)
     listed = (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()
     assert [json.loads(line)["key"] for line in listed] == ["orphan.txt", "000004.png"]
 
@@ -191,14 +191,14 @@ def test_bad_samples_of_another_data_set_in_the_same_folder_do_not_count(tmp_pat
     for name in ("one", "two", "three"):
         write_shapes(tmp_path / name / name, n=8, seed=0)
         (tmp_path / name / name / "000004.png").write_bytes(b"not a picture")
-        store = encode_pairs(read_pairs(tmp_path / name), make_dvae(), tmp_path, crop="center", seed=0)
+        store = encoded(read_pairs(tmp_path / name), make_dvae(), tmp_path, crop="center", seed=0)
         assert len(store.valid) == 7
 
 
 def test_mistakes_are_named(tmp_path: Path, pairs: PairSet) -> None:
     with pytest.raises(ValueError, match="no pictures to encode"):
-        encode_pairs(PairSet(()), make_dvae(), tmp_path, crop="center", seed=0)
+        encoded(PairSet(()), make_dvae(), tmp_path, crop="center", seed=0)
     with pytest.raises(ValueError, match="seed is -1"):
-        encode_pairs(pairs, make_dvae(), tmp_path, crop="center", seed=-1)
+        encoded(pairs, make_dvae(), tmp_path, crop="center", seed=-1)
     with pytest.raises(ValueError, match="holds no token store"):
         TokenStore(tmp_path)

@@ -1,6 +1,8 @@
 """The decoder against its slow twin, the whole stream in one forward pass: every mask, ragged captions, its memory."""
 
 import gc
+import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -138,7 +140,18 @@ def test_compiled_steps_draw_the_same_tokens(kind: str) -> None:
     assert compiled.decoder().head(compiled.decoder().norm(state)).dtype == torch.float32
 
 
+@pytest.fixture(params=["this processor", "without AVX512-BF16"])
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Compiles for the processor at hand, or as for one that multiplies in float32 alone."""
+    if request.param != "this processor" and platform.machine() == "x86_64":
+        monkeypatch.setattr(native, "COMPILE", (*native.COMPILE, "-mno-avx512bf16"))
+    native.load.cache_clear()
+    yield
+    native.load.cache_clear()
+
+
 @needs_compiler
+@pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize(
     "n_pictures", [1, 2, 3, 4, 6]
 )  # of two captions; from 5 on attention alone is compiled

@@ -92,22 +92,6 @@ class TokenStore:
         return len(self.keys)
 
 
-def encode_pairs(
-    pairs: PairSet,
-    dvae: DiscreteVAE,
-    folder: str | Path,
-    *,
-    crop: Crop,
-    seed: int,
-    batch_size: int = 64,
-    progress: Callable[[int, int], None] | None = None,
-) -> TokenStore:
-    """Encode all pictures in this process: `encode_part` and the store that it gives."""
-    return TokenStore(
-        encode_part(pairs, dvae, folder, crop=crop, seed=seed, batch_size=batch_size, progress=progress)
-    )
-
-
 def encode_part(
     pairs: PairSet,
     dvae: DiscreteVAE,

@@ -18,7 +18,7 @@ from dalle.generation.decoder import Decoder
 from dalle.generation.drawing import Drawing, RecordedDrawing
 from dalle.generation.options import GenerationOptions
 from dalle.generation.sampling import MAX_SEED, Chooser, uniforms
-from dalle.transformer import Transformer
+from dalle.transformer import Transformer, TransformerConfig
 
 ROWS_PER_BATCH = 64  # pictures drawn side by side; guidance doubles the rows that the transformer sees
 # Small models draw so many: 512 candidates of the bundled model take a fifth less time than by 64. benchmarks/decode.py
@@ -69,15 +69,19 @@ def plan_batches(n_pictures: Sequence[int], rows_per_batch: int = ROWS_PER_BATCH
     return batches
 
 
-def rows_that_pay(transformer: Transformer) -> int:
-    """How many pictures are best drawn side by side: a rule of shape and dtype alone, so that a call's plan is fixed."""
-    config, weight = transformer.config, transformer.image_head.weight
-    kinds = layer_kinds(config.n_layers, config.layers)
+def cache_bytes(config: TransformerConfig, itemsize: int) -> int:
+    """Image keys and values that one picture keeps, of `itemsize` bytes each, by the formula of the masks."""
     slots = sum(
         AttentionPlan(kind, config.n_text_tokens, config.grid_size, config.conv_kernel).n_slots
-        for kind in kinds
+        for kind in layer_kinds(config.n_layers, config.layers)
     )
-    rows, of_one = MANY_ROWS_PER_BATCH, 2 * config.d_model * slots * weight.itemsize
+    return itemsize * 2 * config.d_model * slots
+
+
+def rows_that_pay(transformer: Transformer) -> int:
+    """How many pictures are best drawn side by side: a rule of shape and dtype alone, so that a call's plan is fixed."""
+    of_one = cache_bytes(transformer.config, transformer.image_head.weight.itemsize)
+    rows = MANY_ROWS_PER_BATCH
     while rows > ROWS_PER_BATCH and rows * of_one > MANY_ROWS_BYTES:
         rows //= 2
     return rows

@@ -62,6 +62,18 @@ static const float EPSILON = 1e-5f;  // LAYER_NORM_EPS of transformer.py
 // x sigmoid(1.702 x), as in MLPResblock
 static inline float gelu(float x) { return x / (1 + expf(-1.702f * x)); }
 
+static inline float dot_float(const float *restrict x, const float *restrict w, int64_t n) {
+    float sum = 0;
+    for (int64_t i = 0; i < n; i++) sum += x[i] * w[i];
+    return sum;
+}
+
+static inline float dot_bfloat16(const float *restrict x, const bfloat16 *restrict w, int64_t n) {
+    float sum = 0;
+    for (int64_t i = 0; i < n; i++) sum += x[i] * read_bfloat16(w[i]);
+    return sum;
+}
+
 enum { MAX_PICTURES = 8 };  // whose layers are computed here; as in native.py
 
 // What enters a product with weights of a type: with AVX512-BF16, bfloat16 meets bfloat16, as in PyTorch's own products.
@@ -69,11 +81,7 @@ typedef float input_float;
 static inline float write_input_float(float x) { return x; }
 static inline void dots_float(const float *restrict x, int64_t n_pictures, const float *restrict w, int64_t n,
                               float *restrict sums) {  // of one output's weights (n,) with each picture's inputs (R, n)
-    for (int64_t r = 0; r < n_pictures; r++) {
-        float sum = 0;
-        for (int64_t i = 0; i < n; i++) sum += x[r * n + i] * w[i];
-        sums[r] = sum;
-    }
+    for (int64_t r = 0; r < n_pictures; r++) sums[r] = dot_float(x + r * n, w, n);
 }
 
 #ifdef __AVX512BF16__
@@ -120,21 +128,11 @@ typedef float input_bfloat16;
 static inline float write_input_bfloat16(float x) { return x; }
 static inline void dots_bfloat16(const float *restrict x, int64_t n_pictures, const bfloat16 *restrict w, int64_t n,
                                  float *restrict sums) {
-    for (int64_t r = 0; r < n_pictures; r++) {
-        float sum = 0;
-        for (int64_t i = 0; i < n; i++) sum += x[r * n + i] * read_bfloat16(w[i]);
-        sums[r] = sum;
-    }
+    for (int64_t r = 0; r < n_pictures; r++) sums[r] = dot_bfloat16(x + r * n, w, n);
 }
 #endif
 
 #define DEFINE(T)                                                                                                     \
-    static inline float dot_##T(const float *restrict x, const T *restrict w, int64_t n) {                            \
-        float sum = 0;                                                                                                \
-        for (int64_t i = 0; i < n; i++) sum += x[i] * read_##T(w[i]);                                                 \
-        return sum;                                                                                                   \
-    }                                                                                                                 \
-                                                                                                                      \
     static void norm_##T(const float *restrict x, const T *restrict gain, const T *restrict bias,                     \
                          input_##T *restrict y, int64_t n) {                                                          \
         float mean = 0, variance = 0;                                                                                 \
