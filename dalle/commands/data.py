@@ -54,12 +54,12 @@ def filter_data(
     from dalle.model_folder import model_folder
 
     chosen = validate(FilterSettings, override({}, settings or []), "filter")
-    judge = None if ranker is None else Ranker.from_pretrained(model_folder(ranker))
-    if judge is not None:
-        judge.clip.to(device_named(device))
+    compared_by = None if ranker is None else Ranker.from_pretrained(model_folder(ranker))
+    if compared_by is not None:
+        compared_by.clip.to(device_named(device))
     pairs = read_pairs(data)
     others = [read_pairs(other) for other in against or []]
-    describe = None if judge is None else judge.describe
+    describe = None if compared_by is None else compared_by.describe
     with RowsBar("filtering", as_json) as progress:
         found = filter_pairs(pairs, out, chosen, against=others, describe=describe, progress=progress)
     if as_json:
