@@ -17,7 +17,7 @@ LAYERS = (
     ("pipeline",),
     ("model_folder",),
     ("generation",),
-    ("data",),
+    ("data", "published"),
     ("dvae", "transformer", "clip"),
     ("tokenizer", "clip_tokenizer", "attention", "images"),
     ("weights",),  # below its neighbours: a tokenizer and a PNG are written with the same atomic writes

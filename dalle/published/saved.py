@@ -1,0 +1,37 @@
+"""Modules that are one component of a model folder: a config and its weights, which are mapped, not copied."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Self
+
+import torch
+from torch import nn
+
+from dalle.config import Config
+from dalle.weights import load_component, load_strict, save_component
+
+
+class SavedModule(nn.Module):
+    """A module with `save_pretrained` and `from_pretrained`; a subclass names the schema of its config."""
+
+    schema: ClassVar[type[Config]]
+    config: Config
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors to `folder`."""
+        save_component(Path(folder), self.config, self.state_dict())
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Read what `save_pretrained` wrote, in float32 on the CPU, in eval mode; ValueError if it is damaged."""
+        config, tensors = load_component(Path(folder), cls.schema)
+        with torch.device("meta"):  # no time spent on weights that are overwritten
+            model = cls(config)
+        model.to_empty(device="cpu")
+        load_strict(model, tensors, cls.__name__)
+        return model.eval()
