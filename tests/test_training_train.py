@@ -404,7 +404,7 @@ def test_encoding_says_how_far_it_is(
     with caplog.at_level(logging.INFO):
         train(str(data), tmp_path / "m", recipe(), init_from=trained, device=cpu, dtype=torch.float32)
     said = [record.getMessage() for record in caplog.records]
-    assert any(message.startswith("encoding: 16/16 pictures  ETA 0:0") for message in said)
+    assert any(message.startswith("encoding: 16/16 pictures  ETA 1 second") for message in said)
 
 
 def test_bad_samples_are_listed_and_more_than_one_percent_end_the_run(

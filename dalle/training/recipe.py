@@ -1,16 +1,19 @@
 """The recipe of a whole training run: what a preset sets, stage by stage (Ramesh et al. 2021, App. A.2 and B.2)."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from dalle.attention import LayerKind
 from dalle.clip import CLIPConfig
-from dalle.config import Config
+from dalle.config import Config, differences, load_preset, override, validate
 from dalle.dvae import DVAEConfig
 from dalle.generation.options import GenerationOptions
 from dalle.tokenizer import TokenizerConfig
 from dalle.transformer import TransformerConfig
+from dalle.weights import read_json
 
 
 class Compression(Config):
@@ -41,6 +44,8 @@ class DistributedConfig(Config):
 
 
 IN_ONE_PIECE = DistributedConfig(shard_size=None)
+STAGE_SETTINGS = ("dvae_training", "transformer_training", "clip_training")
+RELAXATION = ("kl_weight", "kl_steps", "final_temperature", "temperature_steps")  # of the quantizer gumbel
 
 
 class Optimization(Config):
@@ -74,7 +79,7 @@ class Optimization(Config):
 
 
 class DVAETraining(Optimization):
-    """Stage 1 (App. A.2): the schedules of the relaxation; FSQ has neither temperature nor KL and ignores them."""
+    """Stage 1 (App. A.2): the schedules of the relaxation belong to the quantizer gumbel; FSQ has none."""
 
     crop: Literal["paper", "center"]  # Listing 1, or the whole picture
     kl_weight: float = Field(0.0, ge=0)  # beta, paper 6.6
@@ -139,7 +144,7 @@ class TransformerShape(Config):
 
 
 class Balance(Config):
-    """At most `cap` pictures an epoch that agree in all `fields`, drawn anew each epoch."""
+    """At most `cap` pictures an epoch that agree in all `fields`, drawn anew each epoch; all that have none of them."""
 
     fields: tuple[str, ...]
     cap: int = Field(ge=1)
@@ -175,6 +180,52 @@ class Recipe(Config):
             if training is not None and training.warmup_steps >= training.steps:
                 raise ValueError(f"warmup_steps {training.warmup_steps} must be below steps {training.steps}")
         return self
+
+    @model_validator(mode="after")
+    def _relaxation_is_of_gumbel(self) -> Self:
+        if self.dvae.quantizer == "fsq":
+            for name in RELAXATION:
+                value = getattr(self.dvae_training, name)
+                if value != DVAETraining.model_fields[name].default:
+                    raise ValueError(
+                        f"dvae_training.{name} is {value}, but quantizer fsq has neither temperature nor KL: leave it out"
+                    )
+        return self
+
+
+def load_recipe(preset: str, settings: Sequence[str]) -> Recipe:
+    """The recipe of a preset (a name or the path of a .toml file) with `a.b=c` settings; ValueError, one line, if bad.
+
+    A stage whose `steps` are set keeps its share of warm-up, at least one update, unless `warmup_steps` is set too.
+    """
+    plain = load_preset(preset)
+    tree = override(plain, settings)
+    given = {setting.partition("=")[0].strip() for setting in settings}
+    for stage in STAGE_SETTINGS:
+        before, training = plain.get(stage), tree.get(stage)
+        if f"{stage}.warmup_steps" in given or not isinstance(before, dict) or not isinstance(training, dict):
+            continue
+        steps, planned, warmup = training.get("steps"), before.get("steps"), before.get("warmup_steps")
+        if isinstance(steps, int) and steps > 0 and planned and warmup and steps != planned:
+            training["warmup_steps"] = min(max(1, round(warmup * steps / planned)), steps - 1)
+    return validate(Recipe, tree, preset)
+
+
+def with_given(recipe: Recipe, folder: Path) -> tuple[Recipe, list[str]]:
+    """The recipe with the sizes of the components in `folder`, and what that changes: "transformer.n_layers: 2 -> 6".
+
+    A run records what it uses, not what its settings asked for.
+    """
+    tree = recipe.model_dump()
+    for name in ("tokenizer", "dvae", "transformer", "clip"):
+        path = folder / name / "config.json"
+        config = read_json(path) if path.is_file() else None
+        if tree[name] is not None and isinstance(config, dict):
+            tree[name] |= {key: value for key, value in config.items() if key in tree[name]}
+    if tree["dvae"]["quantizer"] == "fsq":
+        tree["dvae_training"] |= {key: DVAETraining.model_fields[key].default for key in RELAXATION}
+    found = validate(Recipe, tree, str(folder))
+    return found, differences(recipe.model_dump(mode="json"), found.model_dump(mode="json"))
 
 
 def transformer_config(

@@ -1,5 +1,6 @@
 """One call of `train`: what its stages share, and what it remembers of those that are done."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,6 +12,8 @@ from dalle.config import differences
 from dalle.data.pairs import BadSampleLog, PairSet
 from dalle.training.processes import ALONE, World
 from dalle.training.recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Run:
             self._refuse_stale(
                 stage, changed or [f"the files in {self.out / stage} are not what the stage wrote"]
             )
+        logger.info("%s: finished before, kept", stage)
         return True
 
     def begin(self, stage: str, inputs: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from dalle.model_folder import check_fit
 from dalle.tokenizer import Tokenizer
 from dalle.training.clip import CLIPStage
 from dalle.training.dvae import DVAEStage
-from dalle.training.log import LINE_SECONDS
+from dalle.training.log import LINE_SECONDS, duration
 from dalle.training.loop import Stage, train_stage
 from dalle.training.recipe import clip_config, transformer_config
 from dalle.training.run import Run
@@ -38,6 +38,7 @@ def tokenizer_stage(run: Run) -> Tokenizer:
         if not run.finished("tokenizer", inputs, _file_hash(folder / "tokenizer.json")):
             if given:
                 Tokenizer.from_pretrained(given)  # refuses a damaged one
+                logger.info("tokenizer: reused from %s; [tokenizer] has no effect", given)
                 _copy(given, folder, "tokenizer.json")
             else:
                 captions = [caption for pair in run.train for caption in pair.captions]
@@ -71,6 +72,7 @@ def dvae_stage(run: Run) -> DiscreteVAE:
         with run.world.main_first():
             if not run.finished("dvae", inputs, _file_hash(folder / "model.safetensors")):
                 DiscreteVAE.from_pretrained(given)  # refuses a damaged one
+                logger.info("dvae: reused from %s, not trained; [dvae_training] has no effect", given)
                 _copy(given, folder, "model.safetensors")
                 run.record("dvae", inputs, weights.file_sha256(folder / "model.safetensors"))
     elif not run.finished("dvae", inputs, _file_hash(folder / "model.safetensors")):
@@ -108,6 +110,7 @@ def transformer_stage(run: Run, tokenizer: Tokenizer, dvae: DiscreteVAE) -> None
     torch.manual_seed(recipe.seed)
     if given:
         model = Transformer.from_pretrained(given)
+        logger.info("transformer: goes on from the weights in %s", given)
     else:
         config = transformer_config(recipe.transformer, dvae.config, tokenizer.n_vocab, tokenizer.max_tokens)
         model = Transformer(config)
@@ -151,6 +154,7 @@ def clip_stage(run: Run, tokenizer: Tokenizer, dvae: DiscreteVAE | None) -> None
     torch.manual_seed(recipe.seed)
     if given:
         model = CLIP.from_pretrained(given)
+        logger.info("clip: goes on from the weights in %s", given)
         if recipe.clip_training.image_size is not None:
             model = model.at_image_size(recipe.clip_training.image_size)
     else:
@@ -207,8 +211,8 @@ def _encoding_lines(name: str) -> Callable[[int, int], None]:
         now = time.monotonic()
         if now - last >= LINE_SECONDS:
             last = now
-            left = int((now - began) / max(done - first, 1) * (total - done))
-            logger.info("%s: %d/%d pictures  ETA %d:%02d", name, done, total, left // 60, left % 60)
+            left = duration((now - began) / max(done - first, 1) * (total - done))
+            logger.info("%s: %d/%d pictures  ETA %s", name, done, total, left)
 
     return say
 

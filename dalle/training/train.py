@@ -7,6 +7,7 @@ OUT/run/checkpoints/STAGE/inputs.json  what an unfinished stage is being made fr
 """
 
 import logging
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ from filelock import FileLock, Timeout
 from dalle import weights
 from dalle.config import differences
 from dalle.data.pairs import BadSampleLog, read_pairs
+from dalle.generation.precision import has_native_bfloat16
 from dalle.model_folder import write_index, write_ranker_index
 from dalle.training.card import write_card
+from dalle.training.loop import DTYPES
+from dalle.training.order import epoch_line
 from dalle.training.processes import ALONE, World
-from dalle.training.recipe import Recipe
+from dalle.training.recipe import Optimization, Recipe, with_given
 from dalle.training.run import Run
 from dalle.training.stages import clip_stage, dvae_stage, refuse_misfit, tokenizer_stage, transformer_stage
 
@@ -41,7 +45,8 @@ def train(
 ) -> Path:
     """Train all `stages` of `recipe` on the pairs in `data`; returns the model folder `out`.
 
-    With `init_from`, its tokenizer and dVAE are reused and its transformer is continued; what it lacks is trained.
+    With `init_from`, its tokenizer and dVAE are reused and its transformer is continued; what it lacks is trained. The
+    sizes of these parts take the place of the recipe's, which is said and recorded.
     All processes of `world` make the same call; `data` and `out` must be the same folders for all of them.
     Raises ValueError for bad data, a folder in use, or a resume that differs; `Stopped` after a signal.
     """
@@ -49,6 +54,10 @@ def train(
     if unknown:
         raise ValueError(f"stage {unknown[0]!r} is unknown: choose from {', '.join(STAGES)}")
     _refuse_unequal_parts(recipe, world)
+    if init_from is not None:
+        recipe, changed = with_given(recipe, init_from)
+        if changed:
+            logger.warning("settings that the given parts decide: %s", "; ".join(changed))
     (out / "run").mkdir(parents=True, exist_ok=True)
     lock = FileLock(out / "run" / "lock")
     with world.main_first():
@@ -61,7 +70,9 @@ def train(
             ) from None
     try:
         run = _prepare(data, out, recipe, init_from, device, dtype, quiet, world)
-        _train(run, _with_settings(recipe, stages))
+        stages = _with_settings(recipe, stages)
+        _warn_of_emulation(recipe, stages, device, dtype)
+        _train(run, stages)
         return out
     finally:
         lock.release()
@@ -69,9 +80,34 @@ def train(
 
 def _refuse_unequal_parts(recipe: Recipe, world: World) -> None:
     """Every stage's micro-batch must fall into equal parts: said before the first stage begins."""
-    for training in (recipe.dvae_training, recipe.transformer_training, recipe.clip_training):
-        if training is not None:
-            world.part(training.batch_size)
+    for training in _trainings(recipe).values():
+        world.part(training.batch_size)
+
+
+def _trainings(recipe: Recipe) -> dict[str, Optimization]:
+    """How each stage with updates is trained."""
+    found = {"dvae": recipe.dvae_training, "transformer": recipe.transformer_training}
+    return found | ({"clip": recipe.clip_training} if recipe.clip_training else {})
+
+
+def _warn_of_emulation(
+    recipe: Recipe, stages: tuple[str, ...], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Say which stages compute in 16 bits on a device that only emulates it."""
+    if has_native_bfloat16(device):
+        return
+    for name, training in _trainings(recipe).items():
+        is_16_bits = (
+            training.precision == "fp16_resblock" or DTYPES.get(training.precision, dtype) != torch.float32
+        )
+        if name in stages and is_16_bits:
+            logger.warning(
+                "%s: computes in 16 bits, which this %s emulates and float32 is many times faster: use --dtype float32 "
+                "and %s_training.precision=auto",
+                name,
+                device.type,
+                name,
+            )
 
 
 def _with_settings(recipe: Recipe, stages: tuple[str, ...]) -> tuple[str, ...]:
@@ -138,6 +174,7 @@ def _prepare(
     }
     with world.main_first():
         _refuse_other_settings(out / "run" / "config.json", config, out)
+    logger.info("%s: %s", data, epoch_line(learned, recipe.balance))
     return Run(out, recipe, data, pairs, learned, held_out, bad, device, dtype, init_from, quiet, world)
 
 
@@ -186,8 +223,13 @@ def _finish(run: Run) -> None:
     if not run.world.is_main:
         return
     done = run.records()
+    caption, out = shlex.quote(run.held_out[0].captions[0]), shlex.quote(str(run.out))
     if "transformer" in done:
         write_card(run.out, run.recipe, run.data, run.pairs, run.init_from)
         write_index(run.out, run.recipe.sampling)
+        logger.info("%s is a model now; next: dalle generate %s --model %s", run.out, caption, out)
     elif "clip" in done:
         write_ranker_index(run.out)
+        logger.info("%s is a ranker now; next: dalle rerank %s IMAGE... --ranker %s", run.out, caption, out)
+    else:
+        logger.info("%s has %s; next: the same command with --stages all", run.out, " and ".join(done))
