@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
+from torch.nn import functional as F
 
 from dalle import __version__, weights
 
@@ -204,6 +205,20 @@ def resize_area(
     """
     rows = _average_axis(pixels, 0, height, align_corners)  # (height, w, C)
     return _average_axis(rows, 1, width, align_corners)  # (height, width, C)
+
+
+def box_filtered(pictures: Tensor, side: int) -> Tensor:
+    """Average pictures (B, 3, H, H) in [0, 1] down to (B, 3, side, side), in 8 bits: as `center_crop` of their files.
+
+    Raises ValueError when H is no multiple of `side`.
+    """
+    factor, rest = divmod(pictures.shape[-1], side)
+    if rest or factor == 0:
+        raise ValueError(f"pictures have {pictures.shape[-1]} px a side, which is no multiple of {side}")
+    if factor == 1:
+        return pictures
+    values = (pictures.float().clamp(0, 1) * 255).round()
+    return F.avg_pool2d(values, factor).round() / 255
 
 
 def _average_axis(

@@ -527,7 +527,10 @@ class DallePipeline:
             )
 
     def preview(self, tokens: Tensor, n_rows: int) -> Tensor:
-        """What the first `n_rows` grid rows of tokens (R, G, G) look like so far: (R, 3, n_rows * 8, W) in [0, 1]."""
+        """What the first `n_rows` grid rows of tokens (R, G, G) look like so far: (R, 3, h, S) in [0, 1].
+
+        S is the side of a whole picture in pixels, h its share of the first `n_rows` of G rows.
+        """
         with torch.no_grad():
             out = self.dvae.decoder.from_tokens(tokens[:, :n_rows].to(next(self.dvae.parameters()).device))
             return self.dvae.pixels(out).cpu()

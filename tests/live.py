@@ -61,11 +61,11 @@ class GatedPipeline(DallePipeline):
         return super().draw_batch(requests, seeds, completions, held, n_threads)
 
 
-def gated_pipe(with_ranker: bool = True) -> GatedPipeline:
-    """A tiny model with a CLIP."""
+def gated_pipe(with_ranker: bool = True, **dvae: Any) -> GatedPipeline:
+    """A tiny model with a CLIP; `dvae` are settings of that."""
     tokenizer = tiny_tokenizer(CAPTIONS)
     ranker = Ranker(tiny_clip(tokenizer), tokenizer) if with_ranker else None
-    return GatedPipeline(tokenizer, tiny_dvae(), tiny_transformer(tokenizer.n_vocab), ranker=ranker)
+    return GatedPipeline(tokenizer, tiny_dvae(**dvae), tiny_transformer(tokenizer.n_vocab), ranker=ranker)
 
 
 class Recorder:

@@ -382,6 +382,15 @@ def test_center_crop_averages_so_that_fine_stripes_do_not_alias() -> None:
 # Tensors
 
 
+def test_box_filtered_pictures_are_those_of_the_smaller_crop() -> None:
+    large = [noise(64, 64, seed) for seed in range(3)]
+    small = images.to_tensor([images.center_crop(image, 32) for image in large])
+    assert torch.equal(images.box_filtered(images.to_tensor(large), 32), small)
+    assert torch.equal(images.box_filtered(small, 32), small)
+    with pytest.raises(ValueError, match="64 px a side, which is no multiple of 48"):
+        images.box_filtered(images.to_tensor(large), 48)
+
+
 def test_tensor_round_trip_is_exact() -> None:
     batch = [noise(5, 4, seed) for seed in range(3)]
     tensor = images.to_tensor(batch)

@@ -19,7 +19,7 @@ from dalle.images import center_crop, read_recipe, save_png, to_tensor
 from dalle.pipeline import DallePipeline
 from dalle.tokenizer import Tokenizer, TokenizerConfig
 from dalle.weights import file_sha256
-from tests.tiny import GRID, N_TEXT, needs_compiler, tiny_clip, tiny_dvae, tiny_transformer
+from tests.tiny import GRID, LARGE, N_TEXT, needs_compiler, tiny_clip, tiny_dvae, tiny_transformer
 
 CAPTIONS = ["a red apple", "a blue boat", "two cats"]
 
@@ -148,6 +148,20 @@ def test_completion_keeps_the_top_rows_and_draws_the_rest(pipe: DallePipeline, p
         expected = pipe.dvae.encode(to_tensor([center_crop(photo, 32)]))[0]
     assert torch.equal(out.tokens[:, :2], expected[:2].expand(3, -1, -1))
     assert len({tuple(tokens[2:].flatten().tolist()) for tokens in out.tokens}) == 3
+
+
+def test_a_decoder_that_draws_more_pixels_completes_from_the_same_tokens(
+    pipe: DallePipeline, photo: Image.Image
+) -> None:
+    dvae = tiny_dvae(**LARGE)
+    dvae.encoder.load_state_dict(pipe.dvae.encoder.state_dict())
+    large = DallePipeline(pipe.tokenizer, dvae, pipe.transformer)
+    drawn = large(CAPTIONS[0], seed=1, image=photo, keep_rows=2)
+    assert drawn.images[0].size == (64, 64)
+    assert torch.equal(drawn.tokens, pipe(CAPTIONS[0], seed=1, image=photo, keep_rows=2).tokens)
+    assert large.preview(drawn.tokens, 3).shape == (1, 3, 48, 64)
+    image, is_equal = large.rerun(drawn.recipes[0])
+    assert is_equal and image.tobytes() == drawn.images[0].tobytes()
 
 
 def test_a_mask_draws_its_cells_anew_and_its_recipe_draws_them_again(

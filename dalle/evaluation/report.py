@@ -91,7 +91,7 @@ def evaluate(
         + len(rankers) * n_ranked
         + ("judge" in rankers) * len(rows),
     )
-    reader = PictureReader(pipe.dvae.config.image_size)
+    reader = PictureReader(pipe.dvae.config.output_size)
 
     dvae_figures, transformer_figures = _model_figures(pipe, pairs, members, for_codes, reader, advance)
     tokens, seconds = draw(pipe, [pairs[row].captions[0] for row in rows], seed, advance)
@@ -211,7 +211,7 @@ def _model_figures(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The dVAE's figures over all splits and by split, and the transformer's by split."""
     dvae_by_split, losses_by_split = {}, {}
-    pooled = Reconstruction(pipe.dvae.config.n_codes)
+    pooled = Reconstruction(pipe.dvae.config.n_codes, pipe.dvae.config.image_size)
     for split, indices in members.items():
         measured, kept, tokens = _measured(pipe, pairs, indices, reader, advance)
         pooled += measured
@@ -268,7 +268,11 @@ def _measured(
 
 
 def _dvae_figures(sums: Reconstruction) -> dict[str, Any]:
-    return {"psnr": sums.psnr, "ink_psnr": sums.ink_psnr, "n_pictures": sums.n_pictures}
+    """PSNR at the size that the tokens are made of; and at that which is drawn, if this is another."""
+    figures = {"psnr": sums.seen.psnr, "ink_psnr": sums.seen.ink_psnr}
+    if sums.drawn.n_values != sums.seen.n_values:
+        figures |= {"output_psnr": sums.drawn.psnr, "output_ink_psnr": sums.drawn.ink_psnr}
+    return {**figures, "n_pictures": sums.n_pictures}
 
 
 def _origin(

@@ -81,7 +81,7 @@ def describe(state: State) -> dict[str, Any]:
         "model_sha256": pipe.model_sha256,
         "version": __version__,
         "grid": config.grid_size,
-        "image_size": pipe.dvae.config.image_size,
+        "image_size": pipe.dvae.config.output_size,
         "n_codes": config.n_image_vocab,
         "n_text_tokens": config.n_text_tokens,
         "defaults": pipe.defaults.model_dump(),
@@ -123,7 +123,7 @@ class Writer:
 
     def __init__(self, state: State, job: Job) -> None:
         self._job, self._request = job, job.request
-        self._grid, self._side = state.pipe.transformer.config.grid_size, state.pipe.dvae.config.image_size
+        self._grid, self._side = state.pipe.transformer.config.grid_size, state.pipe.dvae.config.output_size
 
     def write(self, event: Event) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Name and JSON of what the page is sent for an event."""

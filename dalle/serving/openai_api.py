@@ -134,7 +134,7 @@ class Order:
             event=event,
             n_images=n_images,
             n_candidates=n,
-            look=read_look(wanted, state.pipe.dvae.config.image_size),
+            look=read_look(wanted, state.pipe.dvae.config.output_size),
             quality=quality,
             gives_url=wanted.response_format == "url" and not wanted.stream,
             is_stream=bool(wanted.stream),

@@ -156,7 +156,7 @@ class Worker:
         if not watched:
             return
         top = self.pipe.preview(tokens[rows].cpu(), row + 1)  # (R, 3, h, W)
-        side = self.pipe.dvae.config.image_size
+        side = self.pipe.dvae.config.output_size
         images = [_padded(image, side) for image in to_images(top)]
         start = 0
         for part, n in watched:

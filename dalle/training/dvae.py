@@ -83,8 +83,9 @@ class DVAEStage:
     def validate(self) -> dict[str, float]:
         """PSNR in dB (hard tokens, pooled error) and the share of codes used on held-out pictures."""
         sums, _ = measure_reconstruction(self.model, torch.split(self.held_out, VALIDATION_BATCH))
-        assert sums.psnr is not None  # a stage without held-out pictures cannot be made
-        return {"psnr": sums.psnr, "codes_used": sums.codes_used}
+        psnr = sums.seen.psnr
+        assert psnr is not None  # a stage without held-out pictures cannot be made
+        return {"psnr": psnr, "codes_used": sums.codes_used}
 
     def sheet(self) -> Image:
         """Held-out pictures, each above its reconstruction from hard tokens."""
