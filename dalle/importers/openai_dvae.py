@@ -12,8 +12,10 @@ from torch import Tensor
 from dalle import __version__
 from dalle.config import validate
 from dalle.dvae import DiscreteVAE, DVAEConfig
+from dalle.files import atomic_folder, write_json
 from dalle.importers.torch_archive import Inert, Module, Parameter, TensorRecord, kind_of, read_archive
-from dalle.weights import atomic_folder, load_strict, write_json, write_manifest
+from dalle.manifest import write_manifest
+from dalle.weights import load_strict
 
 N_GROUPS = 4  # of OpenAI's encoder and decoder
 
