@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar, Self
 
-import torch
 from torch import nn
 
 from dalle.config import Config
-from dalle.weights import load_component, load_strict, save_component
+from dalle.weights import load_module, save_component
 
 
 class SavedModule(nn.Module):
@@ -29,9 +28,4 @@ class SavedModule(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
         """Read what `save_pretrained` wrote, in float32 on the CPU, in eval mode; ValueError if it is damaged."""
-        config, tensors = load_component(Path(folder), cls.schema)
-        with torch.device("meta"):  # no time spent on weights that are overwritten
-            model = cls(config)
-        model.to_empty(device="cpu")
-        load_strict(model, tensors, cls.__name__)
-        return model.eval()
+        return load_module(folder, cls.schema, cls, cls.__name__)

@@ -74,9 +74,9 @@ def attend_step(q: Tensor, cache: SlotCache, rows: MaskRows, position: int, coun
     seen = (q[:, :, None] @ keys.mT)[:, :, 0]  # (R, H, W)
     shares = torch.cat([read, seen], dim=-1).softmax(dim=-1)
     n_caption = read.shape[-1]
-    mixed = by_caption(shares[..., :n_caption], cache.captions[1], counts)
+    mixed: Tensor = by_caption(shares[..., :n_caption], cache.captions[1], counts)
     mixed = mixed + (shares[:, :, None, n_caption:] @ values)[:, :, 0]  # (R, H, D)
-    return mixed.reshape(len(mixed), -1)
+    return mixed.flatten(1)
 
 
 def by_caption(x: Tensor, matrices: Tensor, counts: Sequence[int]) -> Tensor:
