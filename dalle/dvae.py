@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
+from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dalle.config import Config
-from dalle.weights import load_component, load_strict, save_component
+from dalle.weights import load_module, save_component
 
 DOWNSAMPLING = 8  # image side / grid side; three 2x poolings (§2.1)
 PIXEL_MARGIN = 0.1  # eps of App. A.3, eq. 3: pixels are squeezed into [eps, 1 - eps]
@@ -500,12 +501,9 @@ class DiscreteVAE(nn.Module):
         return total, {name: value.detach() for name, value in metrics.items()}
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
+    def from_pretrained(cls, folder: str | PathLike[str]) -> Self:
         """Read config.json and model.safetensors of a component folder; ValueError when they are damaged."""
-        config, tensors = load_component(Path(folder), DVAEConfig)
-        model = cls(config)
-        load_strict(model, tensors, "dvae")
-        return model.eval()
+        return load_module(folder, DVAEConfig, cls, "dvae")
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors to a component folder."""

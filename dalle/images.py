@@ -24,7 +24,7 @@ from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
-from dalle import __version__, weights
+from dalle import __version__, files
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 64_000_000  # a photograph has up to about 50 million; a bomb has billions
@@ -319,7 +319,7 @@ def save_png(image: Image.Image, path: str | Path, recipe: Mapping[str, Any] | N
         png = to_png(image, recipe)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    weights.write_bytes(path, png)
+    files.write_bytes(path, png)
 
 
 def to_png(image: Image.Image, recipe: Mapping[str, Any] | None) -> bytes:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from dalle import __version__
 from dalle.config import validate
 from dalle.dvae import DiscreteVAE
+from dalle.files import atomic_folder, file_sha256, write_bytes
 from dalle.generation.completion import complete, region_to_draw
 from dalle.generation.engine import Engine, plan_batches, rows_that_pay
 from dalle.generation.options import GenerationOptions
@@ -51,15 +52,10 @@ from dalle.generation.recipe import (
 from dalle.generation.request import Request, count_images, count_seeds, read_captions, read_options
 from dalle.generation.rerank import CHUNK, Ranker, best_first
 from dalle.images import center_crop, to_images, to_tensor
+from dalle.manifest import VerifiedFolder
 from dalle.model_folder import check_fit, model_folder, one_line, read_index, write_index
 from dalle.tokenizer import Tokenizer
 from dalle.transformer import Transformer
-from dalle.weights import (
-    atomic_folder,
-    file_sha256,
-    verify_manifest,
-    write_bytes,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +100,7 @@ class DallePipeline:
         self.defaults = GenerationOptions() if defaults is None else defaults
         self.name = "unsaved"  # folder or Hub id, for people
         self._folder: Path | None = None  # where it was loaded from
+        self._verified: VerifiedFolder | None = None  # the same, as it was at load
         self._model_sha256: str | None = None
         self._has_auto_dtype = False
         self._is_int8 = False
@@ -143,19 +140,19 @@ class DallePipeline:
             raise ValueError(
                 f"{folder} has no model_index.json: it is no model folder, or its training has not finished"
             )
-        verify_manifest(folder)
+        verified = VerifiedFolder(folder)
         defaults = read_index(folder / "model_index.json")
         pipe = cls(
-            Tokenizer.from_pretrained(folder / "tokenizer"),
-            DiscreteVAE.from_pretrained(folder / "dvae").eval(),
-            Transformer.from_pretrained(folder / "transformer").eval(),
+            Tokenizer.from_pretrained(verified.component("tokenizer")),
+            DiscreteVAE.from_pretrained(verified.component("dvae")),
+            Transformer.from_pretrained(verified.component("transformer")),
             defaults,
-            Ranker.from_verified(folder) if (folder / "clip").is_dir() else None,
+            Ranker.from_pretrained(verified) if (folder / "clip").is_dir() else None,
         )
         pipe.name = "bundled" if source is None else str(source)
         if pipe.ranker is not None:
             pipe.ranker.name = pipe.name
-        pipe._folder, pipe._model_sha256 = folder, file_sha256(folder / "manifest.json")
+        pipe._verified, pipe._folder, pipe._model_sha256 = verified, folder, verified.sha256
         pipe.is_native = native
         pipe._engine = Engine(
             pipe.transformer, is_native=native
@@ -188,9 +185,9 @@ class DallePipeline:
 
     def load_judge(self) -> Ranker | None:
         """The second CLIP of the model folder, which only evaluations ask; None where there is none."""
-        if self._folder is None or not (self._folder / "judge").is_dir():
+        if self._verified is None or not (self._verified.path / "judge").is_dir():
             return None
-        return Ranker.from_verified(self._folder, "judge")
+        return Ranker.from_pretrained(self._verified, "judge")
 
     @property
     def device(self) -> torch.device:
@@ -617,7 +614,7 @@ class DallePipeline:
                 f"recipe is of {dtype_name(dtype)}; this model is held in {dtype_name(held)} only:"
                 " load it from its folder"
             )
-        return Transformer.from_pretrained(self._folder / "transformer").eval().to(self.device, dtype)
+        return Transformer.from_pretrained(self._folder / "transformer").to(self.device, dtype)
 
     def _draw(
         self,

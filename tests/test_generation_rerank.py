@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dalle.clip_tokenizer import CLIPTokenizer
 from dalle.generation.rerank import CHUNK, Ranker, best_first
+from dalle.manifest import write_manifest
 from dalle.tokenizer import Tokenizer, TokenizerConfig
-from dalle.weights import write_manifest
 from tests.tiny import tiny_clip
 
 SIDE = 16

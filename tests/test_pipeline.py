@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dalle.files import file_sha256
 from dalle.generation.options import GenerationOptions
 from dalle.generation.precision import default_dtype
 from dalle.generation.rerank import CHUNK, Ranker
 from dalle.images import center_crop, read_recipe, save_png, to_tensor
 from dalle.pipeline import DallePipeline
 from dalle.tokenizer import Tokenizer, TokenizerConfig
-from dalle.weights import file_sha256
 from tests.tiny import GRID, LARGE, N_TEXT, needs_compiler, tiny_clip, tiny_dvae, tiny_transformer
 
 CAPTIONS = ["a red apple", "a blue boat", "two cats"]

@@ -35,11 +35,11 @@ SETTINGS = [
 RUNNER = """
 import os, signal, sys
 import dalle.training.loop as loop
-import dalle.weights as weights
+import dalle.manifest as manifest
 from dalle.cli import main
 
 stage, step, place, number = sys.argv.pop(1).split(":")
-update, write_manifest = loop.update, weights.write_manifest
+update, write_manifest = loop.update, manifest.write_manifest
 def dying_update(current, optimizer, plateau, progress, *rest):
     result = update(current, optimizer, plateau, progress, *rest)
     if place == "update" and current.name == stage and progress.step == int(step):
@@ -49,7 +49,7 @@ def dying_manifest(folder, files=None):
     if place == "save" and stage in str(folder) and f"step-{step}" in str(folder):
         os.kill(os.getpid(), int(number))
     write_manifest(folder, files)
-loop.update, weights.write_manifest = dying_update, dying_manifest
+loop.update, manifest.write_manifest = dying_update, dying_manifest
 main()
 """
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from dalle import weights
+from dalle import files
 from dalle.data.layouts import BadSample, Rejected, Row, Rows, checked_row, is_unsafe, json_object, printable
 
 FORMAT = 1
@@ -37,7 +37,7 @@ def write_selection(folder: Path, rows: Iterable[Row], source: Path, home: Path)
             n_pairs += 1
     sizes = {path: (source / path).stat().st_size for path in containers}
     origin = Path(os.path.relpath(source, os.path.abspath(home))).as_posix()
-    weights.write_json(folder / HEADER, {"format": FORMAT, "source": origin, "sizes": sizes})
+    files.write_json(folder / HEADER, {"format": FORMAT, "source": origin, "sizes": sizes})
     return n_pairs
 
 
@@ -46,7 +46,7 @@ def read_selection(folder: Path) -> Rows:
 
     ValueError for a selection of another format, or without its source.
     """
-    header = weights.read_json(folder / HEADER)
+    header = files.read_json(folder / HEADER)
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise ValueError(f"{folder / HEADER} is no selection of format {FORMAT}: filter the data again")
     source = Path(os.path.normpath(folder / str(header["source"])))

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from PIL.Image import Image
 
-from dalle import images, weights
+from dalle import files, images, weights
 from dalle.data.pairs import BadSampleLog, Pair, PairSet
 from dalle.dvae import DiscreteVAE
 
@@ -71,7 +71,7 @@ class TokenStore:
         self.folder = Path(folder)
         if not (self.folder / "store.json").is_file():
             raise ValueError(f"{folder} holds no token store: encode the pictures first")
-        description = weights.read_json(self.folder / "store.json")
+        description = files.read_json(self.folder / "store.json")
         self.keys: list[str] = description["keys"]
         self.settings: dict[str, object] = description["settings"]
         parts = _shards(len(self.keys), description["shard_size"])
@@ -215,8 +215,8 @@ def _open_or_create(
     if not (store / "store.json").is_file():
         size = shard_size or min(MAX_SHARD, max(MIN_SHARD, -(-len(pairs) // N_SHARDS)))
         description = {"settings": settings, "shard_size": size, "keys": [pair.key for pair in pairs]}
-        weights.write_json(store / "store.json", description)
-    return _shards(len(pairs), weights.read_json(store / "store.json")["shard_size"])
+        files.write_json(store / "store.json", description)
+    return _shards(len(pairs), files.read_json(store / "store.json")["shard_size"])
 
 
 def _shards(n: int, size: int) -> list[range]:
@@ -232,14 +232,14 @@ def _read_progress(store: Path, shard: int) -> tuple[int, list[int]]:
     path = store / f"progress-{shard:05d}.json"
     if not path.is_file():
         return 0, []
-    progress = weights.read_json(path)
+    progress = files.read_json(path)
     return progress["n_done"], progress["invalid"]
 
 
 def _record_progress(store: Path, shard: int, file: BinaryIO, n_done: int, invalid: list[int]) -> None:
     file.flush()
     os.fsync(file.fileno())  # the rows have to be on disk before a file says that they are
-    weights.write_json(store / f"progress-{shard:05d}.json", {"n_done": n_done, "invalid": invalid})
+    files.write_json(store / f"progress-{shard:05d}.json", {"n_done": n_done, "invalid": invalid})
 
 
 def _batches(

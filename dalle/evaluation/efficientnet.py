@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dalle.weights import file_sha256
+from dalle.files import file_sha256
 
 MEAN, DEVIATION = 127 / 255, 128 / 255  # of pixels in [0, 1]: (x - 127) / 128 of 8-bit values
 BATCH_NORM_EPSILON = 1e-3

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dalle import __version__, images, weights
+from dalle import __version__, files, images
 from dalle.data.pairs import PairSet
 from dalle.evaluation.metrics import Reconstruction
 from dalle.evaluation.protocols import (
@@ -126,7 +126,7 @@ def evaluate(
         "speed": {"n_draws": len(rows), "seconds": seconds, "draws_per_second": len(rows) / seconds},
         "sheets": sheets,
     }
-    weights.write_json(out / "evaluation.json", report)
+    files.write_json(out / "evaluation.json", report)
     advance.finish()
     return report
 
@@ -154,7 +154,7 @@ def evaluate_ranker(
         "clip": RankerReport(ranker, pairs, advance, probe).figures(members, zero_shot_rows(pairs)),
     }
     out.mkdir(parents=True, exist_ok=True)
-    weights.write_json(out / "evaluation.json", report)
+    files.write_json(out / "evaluation.json", report)
     advance.finish()
     return report
 

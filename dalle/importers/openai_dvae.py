@@ -12,6 +12,7 @@ from torch import Tensor
 from dalle import __version__
 from dalle.config import validate
 from dalle.dvae import DiscreteVAE, DVAEConfig
+from dalle.files import atomic_folder, write_json
 from dalle.importers.restricted_pickle import (
     MAX_KEY,
     Inert,
@@ -22,7 +23,8 @@ from dalle.importers.restricted_pickle import (
     plain_set,
 )
 from dalle.importers.torch_archive import open_archive
-from dalle.weights import atomic_folder, load_strict, write_json, write_manifest
+from dalle.manifest import write_manifest
+from dalle.weights import load_strict
 
 N_GROUPS = 4  # of OpenAI's encoder and decoder
 

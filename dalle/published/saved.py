@@ -1,15 +1,15 @@
-"""Modules that are one component of a model folder: a config and its weights, which are mapped, not copied."""
+"""Modules that are one component of a model folder: a config and its weights."""
 
 from __future__ import annotations
 
+from os import PathLike
 from pathlib import Path
 from typing import ClassVar, Self
 
-import torch
 from torch import nn
 
 from dalle.config import Config
-from dalle.weights import load_component, load_strict, save_component
+from dalle.weights import load_module, save_component
 
 
 class SavedModule(nn.Module):
@@ -27,11 +27,6 @@ class SavedModule(nn.Module):
         save_component(Path(folder), self.config, self.state_dict())
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
+    def from_pretrained(cls, folder: str | PathLike[str]) -> Self:
         """Read what `save_pretrained` wrote, in float32 on the CPU, in eval mode; ValueError if it is damaged."""
-        config, tensors = load_component(Path(folder), cls.schema)
-        with torch.device("meta"):  # no time spent on weights that are overwritten
-            model = cls(config)
-        model.to_empty(device="cpu")
-        load_strict(model, tensors, cls.__name__)
-        return model.eval()
+        return load_module(folder, cls.schema, cls, cls.__name__)

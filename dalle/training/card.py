@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dalle import __version__, weights
+from dalle import __version__, files
 from dalle.data.pairs import PairSet
 from dalle.training.recipe import Recipe
 
@@ -12,7 +12,7 @@ def write_card(out: Path, recipe: Recipe, data: str, pairs: PairSet, init_from: 
     path = out / "README.md"
     if path.exists():
         return
-    dvae, transformer = (weights.read_json(out / part / "config.json") for part in ("dvae", "transformer"))
+    dvae, transformer = (files.read_json(out / part / "config.json") for part in ("dvae", "transformer"))
     counts = ", ".join(f"{split} {count:,}" for split, count in sorted(pairs.counts.items()))
     licences = sorted({str(pair.fields["license"]) for pair in pairs if pair.fields.get("license")})
     start = f"started from the components in `{init_from.name}`" if init_from else "trained from nothing"
@@ -36,7 +36,7 @@ def write_card(out: Path, recipe: Recipe, data: str, pairs: PairSet, init_from: 
         "- Figures: run `dalle evaluate MODEL DATA`.",
         "",
     ]
-    weights.write_bytes(path, "\n".join(lines).encode())
+    files.write_bytes(path, "\n".join(lines).encode())
 
 
 def _updates(recipe: Recipe, out: Path) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dalle import weights
+from dalle import files, weights
 from dalle.clip import CLIP
 from dalle.data.tokens import Crop, TokenStore, encode_part
 from dalle.dvae import DiscreteVAE
@@ -33,7 +33,7 @@ def tokenizer_stage(run: Run) -> Tokenizer:
     inputs = {"settings": run.recipe.tokenizer.model_dump(mode="json"), "data": run.pairs.fingerprint}
     given = run.given("tokenizer")
     if given:
-        inputs = {"given": weights.file_sha256(given / "tokenizer.json")}
+        inputs = {"given": files.file_sha256(given / "tokenizer.json")}
     with run.world.main_first():
         if not run.finished("tokenizer", inputs, _file_hash(folder / "tokenizer.json")):
             if given:
@@ -43,7 +43,7 @@ def tokenizer_stage(run: Run) -> Tokenizer:
             else:
                 captions = [caption for pair in run.train for caption in pair.captions]
                 Tokenizer.train(captions, run.recipe.tokenizer).save_pretrained(folder)
-            run.record("tokenizer", inputs, weights.file_sha256(folder / "tokenizer.json"))
+            run.record("tokenizer", inputs, files.file_sha256(folder / "tokenizer.json"))
     return Tokenizer.from_pretrained(folder)
 
 
@@ -68,13 +68,13 @@ def dvae_stage(run: Run) -> DiscreteVAE:
         "data": run.pairs.fingerprint,
     }
     if given:
-        inputs = {"given": weights.file_sha256(given / "model.safetensors")}
+        inputs = {"given": files.file_sha256(given / "model.safetensors")}
         with run.world.main_first():
             if not run.finished("dvae", inputs, _file_hash(folder / "model.safetensors")):
                 DiscreteVAE.from_pretrained(given)  # refuses a damaged one
                 logger.info("dvae: reused from %s, not trained; [dvae_training] has no effect", given)
                 _copy(given, folder, "model.safetensors")
-                run.record("dvae", inputs, weights.file_sha256(folder / "model.safetensors"))
+                run.record("dvae", inputs, files.file_sha256(folder / "model.safetensors"))
     elif not run.finished("dvae", inputs, _file_hash(folder / "model.safetensors")):
         torch.manual_seed(recipe.seed)  # the models draw their first weights from the global generator
         model = DiscreteVAE(recipe.dvae).to(run.device)
@@ -99,11 +99,11 @@ def transformer_stage(run: Run, tokenizer: Tokenizer, dvae: DiscreteVAE) -> None
         "model": recipe.transformer.model_dump(mode="json"),
         "training": recipe.transformer_training.model_dump(mode="json"),
         "tokenizer": tokenizer.fingerprint,
-        "dvae": weights.file_sha256(run.out / "dvae" / "model.safetensors"),
+        "dvae": files.file_sha256(run.out / "dvae" / "model.safetensors"),
         "data": run.pairs.fingerprint,
     }
     if given:
-        inputs |= {"model": {}, "given": weights.file_sha256(given / "model.safetensors")}
+        inputs |= {"model": {}, "given": files.file_sha256(given / "model.safetensors")}
     if run.finished("transformer", inputs, _file_hash(folder / "model.safetensors")):
         return
     stores = _encode(run, dvae)
@@ -144,11 +144,11 @@ def clip_stage(run: Run, tokenizer: Tokenizer, dvae: DiscreteVAE | None) -> None
         "training": recipe.clip_training.model_dump(mode="json"),
         "seed": recipe.seed,
         "tokenizer": tokenizer.fingerprint,
-        "dvae": weights.file_sha256(seen) if seen else None,
+        "dvae": files.file_sha256(seen) if seen else None,
         "data": run.pairs.fingerprint,
     }
     if given:
-        inputs |= {"model": {}, "given": weights.file_sha256(given / "model.safetensors")}
+        inputs |= {"model": {}, "given": files.file_sha256(given / "model.safetensors")}
     if run.finished("clip", inputs, _file_hash(folder / "model.safetensors")):
         return
     torch.manual_seed(recipe.seed)
@@ -247,14 +247,14 @@ def _write(run: Run, stage: str, model: nn.Module, state: dict[str, Tensor], inp
     folder = run.out / stage
     folder.mkdir(exist_ok=True)
     weights.save_component(folder, model.config, stored)  # type: ignore[arg-type]
-    run.record(stage, inputs, weights.file_sha256(folder / "model.safetensors"))
+    run.record(stage, inputs, files.file_sha256(folder / "model.safetensors"))
 
 
 def _copy(given: Path, folder: Path, file: str) -> None:
     """Reuse a component as it is, byte for byte: writing it anew could change its dtype or its hash."""
     for name in (file, "config.json"):
-        weights.write_bytes(folder / name, (given / name).read_bytes())
+        files.write_bytes(folder / name, (given / name).read_bytes())
 
 
 def _file_hash(path: Path) -> str | None:
-    return weights.file_sha256(path) if path.is_file() else None
+    return files.file_sha256(path) if path.is_file() else None

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from dalle import weights
+from dalle import files
 from dalle.config import differences
 from dalle.data.pairs import BadSampleLog, read_pairs
 from dalle.generation.precision import has_native_bfloat16
@@ -180,7 +180,7 @@ def _prepare(
 
 def _refuse_other_settings(path: Path, config: dict[str, Any], out: Path) -> None:
     if path.exists():
-        changed = differences(weights.read_json(path), config)
+        changed = differences(files.read_json(path), config)
         if changed:
             raise ValueError(
                 f"{out} was begun with other settings or data ({'; '.join(changed)}): give the old ones to go on, or "
@@ -191,7 +191,7 @@ def _refuse_other_settings(path: Path, config: dict[str, Any], out: Path) -> Non
             f"{out} holds a model that was not trained there: choose another --out (--init-from {out} starts from it)"
         )
     else:
-        weights.write_json(path, config)
+        files.write_json(path, config)
 
 
 def _init_identity(init_from: Path | None, out: Path) -> dict[str, str]:
@@ -204,10 +204,10 @@ def _init_identity(init_from: Path | None, out: Path) -> dict[str, str]:
         raise ValueError(
             f"--init-from {init_from} is --out as well, and would be overwritten: choose another --out"
         )
-    files = {stage: "tokenizer.json" if stage == "tokenizer" else "model.safetensors" for stage in STAGES}
+    names = {stage: "tokenizer.json" if stage == "tokenizer" else "model.safetensors" for stage in STAGES}
     found = {
-        name: weights.file_sha256(init_from / name / file)
-        for name, file in files.items()
+        name: files.file_sha256(init_from / name / file)
+        for name, file in names.items()
         if (init_from / name / file).is_file()
     }
     if not found:
