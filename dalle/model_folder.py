@@ -14,7 +14,7 @@ from dalle import __version__
 from dalle.config import validate
 from dalle.dvae import DiscreteVAE
 from dalle.files import read_json, write_json
-from dalle.generation.options import GenerationOptions
+from dalle.generation.request import GenerationOptions
 from dalle.manifest import write_manifest
 from dalle.tokenizer import Tokenizer
 from dalle.transformer import Transformer

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from dalle.generation.options import GenerationOptions
+from dalle.generation.request import GenerationOptions
 
 
 @pytest.mark.parametrize(

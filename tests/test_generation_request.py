@@ -4,9 +4,14 @@ from typing import Any
 
 import pytest
 
-from dalle.generation.options import GenerationOptions
-from dalle.generation.request import count_images, count_seeds, read_captions, read_options
-from dalle.generation.sampling import MAX_SEED
+from dalle.generation.request import (
+    MAX_SEED,
+    GenerationOptions,
+    count_images,
+    count_seeds,
+    read_captions,
+    read_options,
+)
 
 DEFAULTS = GenerationOptions(temperature=0.9, top_k=50, top_p=0.95, guidance=3.0)
 

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from dalle.files import file_sha256
-from dalle.generation.options import GenerationOptions
 from dalle.generation.precision import default_dtype
+from dalle.generation.request import GenerationOptions
 from dalle.generation.rerank import CHUNK, Ranker
 from dalle.images import center_crop, read_recipe, save_png, to_tensor
 from dalle.pipeline import DallePipeline

@@ -15,8 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dalle.generation.recipe import Completion
-from dalle.generation.request import is_count
+from dalle.generation.request import Completion, is_count
 from dalle.images import to_mask
 
 

@@ -1,23 +1,60 @@
-"""What a call asks for, checked: captions, numbers of pictures, seeds, settings; mistakes are ValueErrors."""
+"""What a call asks for, checked: captions, numbers of pictures, seeds, settings; mistakes are ValueErrors.
+
+Source: the paper samples at temperature 1 with nothing cut off (§2.6); top-k, top-p and guidance came later.
+Shapes: T text tokens, G grid side, N = G * G image tokens, H = W picture side.
+"""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
+from pydantic import Field
 from torch import Tensor
 
-from dalle.config import validate
-from dalle.generation.options import GenerationOptions
-from dalle.generation.recipe import Truncation
-from dalle.generation.sampling import MAX_SEED
+from dalle.config import Config, validate
 
+MAX_SEED = 2**63 - 1
 MAX_RANDOM_SEED = 2**32  # a random seed stays short enough to be typed
+
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+
+
+class GenerationOptions(Config):
+    """Sampling settings of one call; the defaults are the paper's.
+
+    Raises:
+        ValueError: a setting is outside the range named beside it.
+    """
+
+    # Divides the logits; 0 takes the most likely token (argmax, as for the blog's Raven's matrices).
+    temperature: Annotated[float, Field(ge=0.0, le=100.0, allow_inf_nan=False)] = 1.0
+    # Only the k most likely tokens can be drawn; None: all. No vocabulary is larger than uint16 can count.
+    top_k: Annotated[int, Field(ge=1, le=2**16)] | None = None
+    # Only the fewest tokens whose probabilities add up to p can be drawn; None: all.
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    # s in uncond + s * (cond - uncond), Ho & Salimans 2022; 1 is no guidance, 0 ignores the caption.
+    guidance: Annotated[float, Field(ge=0.0, le=100.0, allow_inf_nan=False)] = 1.0
+
+
+class Completion(Config):
+    """What was kept of a given picture."""
+
+    keep_rows: Annotated[int, Field(ge=1)] | None = None  # grid rows from the top; None: a mask said what
+    known: tuple[Annotated[int, Field(ge=-1)], ...]  # (N,) tokens that were forced, -1 where drawn
+
+
+class Truncation(Config):
+    """A caption that was cut, as the call allowed."""
+
+    n_tokens: int  # of the whole caption
+    n_kept: int
 
 
 @dataclass(frozen=True, eq=False)  # tensors do not compare to one answer
-class Request:
+class CaptionRequest:
     """What is to be drawn of one caption, all of it checked: what is left to do needs the model."""
 
     caption: str
@@ -31,6 +68,7 @@ class Request:
     picture: Tensor | None = None  # (3, H, W) in [0, 1], to complete
     region: Tensor | None = None  # (G, G) bool, its cells to draw anew
     keep_rows: int | None = None  # grid rows kept from the top, where the region is all below
+    completion: Completion | None = None  # what is kept of the picture, once it is encoded
 
 
 def read_captions(prompt: str | Sequence[str]) -> list[str]:

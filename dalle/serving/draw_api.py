@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 
 from dalle import __version__
 from dalle.attention import layer_kinds
-from dalle.generation.request import Request
+from dalle.generation.request import CaptionRequest
 from dalle.images import grid
 from dalle.serving.intake import (
     accept,
@@ -93,7 +93,7 @@ def describe(state: State) -> dict[str, Any]:
     }
 
 
-def prepare(state: State, wanted: DrawRequest) -> Request:
+def prepare(state: State, wanted: DrawRequest) -> CaptionRequest:
     """Checks a request against the model; ValueErrors and ServingErrors are its client's."""
     image = mask = None
     if wanted.image is not None:

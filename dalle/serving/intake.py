@@ -13,7 +13,7 @@ from PIL import Image
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
 
-from dalle.generation.request import Request
+from dalle.generation.request import CaptionRequest
 from dalle.images import open_image, open_mask
 from dalle.serving.job import Job, Listener, ServingError, bad_request
 from dalle.serving.schema import parse_json
@@ -61,7 +61,11 @@ def count_candidates(n_images: int, n_candidates: int | None, state: State, name
 
 
 async def accept(
-    state: State, n_slots: int, listener: Listener, prepare: Callable[[], Request], keeps_candidates: bool
+    state: State,
+    n_slots: int,
+    listener: Listener,
+    prepare: Callable[[], CaptionRequest],
+    keeps_candidates: bool,
 ) -> Job:
     """Reserves slots, then checks the request, then queues it; slots are given back where a check fails."""
     reservation = state.jobs.reserve(n_slots)
@@ -73,7 +77,7 @@ async def accept(
         raise
 
 
-def _checked(prepare: Callable[[], Request]) -> Request:
+def _checked(prepare: Callable[[], CaptionRequest]) -> CaptionRequest:
     try:
         return prepare()
     except ValueError as error:

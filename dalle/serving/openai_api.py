@@ -21,7 +21,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from dalle.generation.request import Request
+from dalle.generation.request import CaptionRequest
 from dalle.images import has_transparency, open_image, to_png
 from dalle.pipeline import DallePipeline
 from dalle.serving.files import PREFIX, Format, Look, SignedFiles
@@ -201,7 +201,7 @@ def prepare(
     image: Image.Image | None = None,
     keep_rows: int | None = None,
     mask: Image.Image | None = None,
-) -> Request:
+) -> CaptionRequest:
     """Checks an order's caption and settings against the model; ValueErrors are its client's."""
     wanted = order.wanted
     [request] = state.pipe.prepare(
@@ -224,7 +224,7 @@ def prepare(
 
 def prepare_edit(
     state: State, order: Order, keep_rows: int | None, image: bytes, mask: bytes | None
-) -> Request:
+) -> CaptionRequest:
     """As `prepare`, of an uploaded picture: what its mask leaves clear is drawn anew, else what it leaves clear itself."""
     picture, hole = read_picture(image, "image", state), None
     if mask is not None:
@@ -278,7 +278,7 @@ async def read_edit(form: FormData) -> tuple[EditRequest, bytes, bytes | None]:
 
 
 async def answer(
-    http: HttpRequest, state: State, files: SignedFiles, order: Order, prepare: Callable[[], Request]
+    http: HttpRequest, state: State, files: SignedFiles, order: Order, prepare: Callable[[], CaptionRequest]
 ) -> Response:
     """Queues an order, and streams or waits."""
     n_rows = state.pipe.transformer.config.grid_size

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, ValidationError
 
 from dalle.config import Config
-from dalle.generation.sampling import MAX_SEED
+from dalle.generation.request import MAX_SEED
 from dalle.serving.job import ServingError, bad_request
 
 MAX_PROMPT = 32_000  # characters, OpenAI's limit; how many tokens the model reads is checked later

@@ -11,7 +11,7 @@ from dalle.clip import CLIPConfig
 from dalle.config import Config, differences, load_preset, override, validate
 from dalle.dvae import DVAEConfig
 from dalle.files import read_json
-from dalle.generation.options import GenerationOptions
+from dalle.generation.request import GenerationOptions
 from dalle.tokenizer import TokenizerConfig
 from dalle.transformer import TransformerConfig
 
