@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch
 from PIL import Image
@@ -39,11 +39,11 @@ from dalle.generation.request import (
     CaptionRequest,
     Completion,
     GenerationOptions,
+    ImageRequest,
+    ModelDefaults,
+    RequestFields,
     Truncation,
-    count_images,
-    count_seeds,
-    read_captions,
-    read_options,
+    blaming,
 )
 from dalle.generation.rerank import CHUNK, Ranker, best_first
 from dalle.images import center_crop, to_images, to_tensor
@@ -92,7 +92,7 @@ class DallePipeline:
         self.dvae = dvae
         self.transformer = transformer
         self.ranker = ranker  # orders what is drawn; a model folder with a clip/ has one of its own
-        self.defaults = GenerationOptions() if defaults is None else defaults
+        self.defaults = ModelDefaults.of(defaults)
         self.name = "unsaved"  # folder or Hub id, for people
         self._folder: Path | None = None  # where it was loaded from
         self._verified: VerifiedFolder | None = None  # the same, as it was at load
@@ -257,39 +257,20 @@ class DallePipeline:
 
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | ImageRequest,
         *,
-        num_images_per_prompt: int = 1,
-        num_candidates: int | None = None,
-        seed: int | None = 0,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        guidance: float | None = None,
-        image: Image.Image | None = None,
-        keep_rows: int | None = None,
-        mask: Image.Image | None = None,
-        truncate: bool = False,
         output_type: Literal["pil", "tokens"] = "pil",
         ranker: Ranker | None = None,
         progress: Progress | None = None,
         callback_on_row_end: RowCallback | None = None,
         rows_per_batch: int | None = None,
         n_threads: int | None = None,
+        **fields: Unpack[RequestFields],
     ) -> PipelineOutput:
-        """Draws `num_images_per_prompt` pictures for each caption; candidate i of the call uses seed + i.
+        """Draw `num_images_per_prompt` pictures for each caption; candidate i of the call uses seed + i.
 
         Args:
-            prompt: one caption or several.
-            num_candidates: drawn for each caption, of which CLIP keeps the best; None: as many as pictures.
-            seed: 0..2**63-1; None takes a random one, found in the output.
-            temperature, top_k, top_p, guidance: see `GenerationOptions`; None is the model's own default,
-                top_k=0 and top_p=1 switch a default off.
-            image: a picture to complete: its central square's top `keep_rows` rows of tokens are kept.
-            keep_rows: 1..G grid rows (each 8 pixels of the model's picture size).
-            mask: in place of keep_rows, a picture of the same shape whose fully transparent pixels (without
-                transparency: its white ones) are drawn anew, in whole cells of 8 pixels.
-            truncate: cut captions longer than the model reads, and say so in log and recipe.
+            prompt: one caption or several, described further by the keywords of `ImageRequest`; or such a request.
             output_type: "tokens" leaves out the pictures.
             ranker: a CLIP to order the candidates by, in place of the model's own.
             progress: called with (grid rows done, of how many) over all batches; ranking counts as one row a chunk.
@@ -299,33 +280,19 @@ class DallePipeline:
             n_threads: of the CPU, for drawing; None follows from the model's width and the number of pictures.
 
         Raises:
-            ValueError: an argument outside what is allowed, or a caption too long.
+            InvalidRequest: a ValueError that names the field at fault, such as a caption too long.
+            ValueError: another argument is outside what is allowed.
         """
         ranker = self.ranker if ranker is None else ranker
         if output_type not in ("pil", "tokens"):
             raise ValueError(f'output_type is {output_type!r}; allowed are "pil" and "tokens"')
-        requests = self.prepare(
-            prompt,
-            num_images_per_prompt=num_images_per_prompt,
-            num_candidates=num_candidates,
-            seed=seed,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            guidance=guidance,
-            image=image,
-            keep_rows=keep_rows,
-            mask=mask,
-            truncate=truncate,
-            ranker=ranker,
-        )
+        request = prompt if isinstance(prompt, ImageRequest) else ImageRequest(prompt, **fields)
+        requests = self.prepare(request, ranker)
         seeds = [seed for one in requests for seed in one.seeds]
         captions = [one.caption for one in requests for _ in one.seeds]
         completion = self.completion(requests[0])  # of the same picture for all
         requests = [replace(one, completion=completion) for one in requests]
-        vectors = (
-            None if ranker is None else ranker.encode_captions([one.caption for one in requests], truncate)
-        )
+        vectors = None if ranker is None else ranker.encode_captions(request.prompt, request.truncate)
         rows_per_batch = rows_that_pay(self.transformer) if rows_per_batch is None else rows_per_batch
         batches = plan_batches(requests, rows_per_batch)
         grid, n_candidates = self.transformer.config.grid_size, len(requests[0].seeds)
@@ -362,7 +329,7 @@ class DallePipeline:
         finished = [row for row in range(len(seeds)) if int(tokens[row].min()) >= 0]
         kept: dict[int, tuple[float | None, int | None]] = dict.fromkeys(finished, (None, None))
         if ranker is not None and vectors is not None:
-            kept = self._rank(ranker, vectors, tokens, finished, num_images_per_prompt, advance)
+            kept = self._rank(ranker, vectors, tokens, finished, request.num_images_per_prompt, advance)
         with threads(n_threads):
             pictures = tuple(self._decode(tokens[[*kept]])) if output_type == "pil" else ()
         places = [(batch, row) for batch in batches for row in range(len(batch.seeds))]
@@ -379,55 +346,34 @@ class DallePipeline:
             is_stopped=is_stopped,
         )
 
-    def prepare(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        num_images_per_prompt: int = 1,
-        num_candidates: int | None = None,
-        seed: int | None = 0,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        guidance: float | None = None,
-        image: Image.Image | None = None,
-        keep_rows: int | None = None,
-        mask: Image.Image | None = None,
-        truncate: bool = False,
-        ranker: Ranker | None = None,
-    ) -> list[CaptionRequest]:
-        """Checks what a call asks for and reads its captions, one request for each; no model is run.
+    def prepare(self, request: ImageRequest, ranker: Ranker | None) -> list[CaptionRequest]:
+        """Check a request against the model and read its captions, one `CaptionRequest` each; no model is run.
 
-        Args:
-            ranker: what will choose among the candidates; None: nothing.
-            prompt, ...: as in a call.
-
-        Raises:
-            ValueError: as a call.
+        `ranker` will choose among the candidates; None: nothing. Raises InvalidRequest as a call.
         """
-        captions = read_captions(prompt)
-        n = count_images(num_images_per_prompt, num_candidates, ranker is not None)
-        seeds = count_seeds(seed, len(captions) * n)
-        options = read_options(self.defaults, temperature, top_k, top_p, guidance)
-        picture, region = self._read_picture(image, keep_rows, mask)
-        texts = [self._read(caption, truncate) for caption in captions]
-        if ranker is not None:
-            ranker.read(captions, truncate)  # its own tokenizer may find one too long
+        n = request.count_candidates(self.defaults.candidates, ranker is not None)
+        seeds, options = request.seeds(len(request.prompt) * n), request.options(self.defaults)
+        region = region_to_draw(request, self.transformer.config.grid_size)
+        picture = None if request.image is None else self._fit(request.image)
+        with blaming("prompt"):
+            texts = [self._read(caption, request.truncate) for caption in request.prompt]
+            if ranker is not None:
+                ranker.read(request.prompt, request.truncate)  # its own tokenizer may find one too long
         return [
             CaptionRequest(
                 caption=caption,
                 text=texts[i][0],
-                n_images=num_images_per_prompt,
-                seeds=tuple(seeds[i * n : (i + 1) * n]),
+                n_images=request.num_images_per_prompt,
+                seeds=seeds[i * n : (i + 1) * n],
                 first=i * n,
                 options=options,
-                truncate=truncate,
+                truncate=request.truncate,
                 truncation=texts[i][1],
                 picture=picture,
                 region=region,
-                keep_rows=keep_rows,
+                keep_rows=request.keep_rows,
             )
-            for i, caption in enumerate(captions)
+            for i, caption in enumerate(request.prompt)
         ]
 
     def completion(self, request: CaptionRequest) -> Completion | None:
@@ -566,26 +512,11 @@ class DallePipeline:
         )
         return tokens.cpu()  # (R, G, G)
 
-    def _read_picture(
-        self, image: Image.Image | None, keep_rows: int | None, mask: Image.Image | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The picture to complete, (3, H, W), and which of its cells are drawn anew, (G, G); None without one."""
-        grid = self.dvae.config.grid_size
-        if image is None:
-            if keep_rows is None and mask is None:
-                return None, None
-            raise ValueError(
-                f"image is missing; a completion needs image and either keep_rows (1..{grid}) or mask"
-            )
-        for name, given in (("image", image), ("mask", mask)):
-            if given is not None and not isinstance(given, Image.Image):
-                raise ValueError(
-                    f"{name} is {given!r}; it must be a PIL image: open it with dalle.images.open_image"
-                )
-        region = region_to_draw(grid, keep_rows, mask)
+    def _fit(self, image: Image.Image) -> Tensor:
+        """Return the central square of a picture, on white, at the model's size: (3, H, W) in [0, 1]."""
         rgba = image.convert("RGBA")
         opaque = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-        return to_tensor([center_crop(opaque, self.dvae.config.image_size)])[0], region
+        return to_tensor([center_crop(opaque, self.dvae.config.image_size)])[0]
 
     def _read(self, caption: str, truncate: bool) -> tuple[Tensor, Truncation | None]:
         """Return a caption's padded tokens (T,) int64, and what was cut from it."""

@@ -16,7 +16,8 @@ from dalle.attention import AttentionPlan, layer_kinds
 from dalle.generation.batch import ROWS_PER_BATCH
 from dalle.generation.decoder import Decoder
 from dalle.generation.drawing import Drawing, RecordedDrawing
-from dalle.generation.request import MAX_SEED, GenerationOptions
+from dalle.generation.fields import MAX_SEED
+from dalle.generation.request import GenerationOptions
 from dalle.generation.sampling import Chooser, uniforms
 from dalle.transformer import Transformer, TransformerConfig
 

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dalle.generation.request import MAX_SEED, GenerationOptions
+from dalle.generation.fields import MAX_SEED
+from dalle.generation.request import GenerationOptions
 
 SCAN_BLOCK = 128  # tokens whose probabilities are summed together before the one drawn is looked for
 MIN_TEMPERATURE = 1e-6  # below it the draw is the likeliest token anyway, and the division could overflow

@@ -18,6 +18,7 @@ from torch import Tensor
 from dalle.generation.batch import Batch, Slot
 from dalle.generation.precision import decode_threads, threads
 from dalle.generation.recipe import Recipe
+from dalle.generation.request import ImageRequest
 from dalle.generation.rerank import CHUNK, best_first
 from dalle.images import to_images, to_png
 from dalle.pipeline import DallePipeline
@@ -44,7 +45,7 @@ class Worker:
         """Draws, decodes and ranks once, so that the first client does not wait for libraries to set themselves up."""
         try:
             ranker = self.pipe.ranker
-            [request] = self.pipe.prepare("", num_images_per_prompt=4, ranker=ranker)
+            [request] = self.pipe.prepare(ImageRequest("", num_images_per_prompt=4, num_candidates=4), ranker)
             n_threads = self._n_threads(4)
             batch = Batch((Slot(request, 0, 4),), 4)
             tokens = self.pipe.draw_batch(batch, lambda *_: False, n_threads)
