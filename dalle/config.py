@@ -84,14 +84,25 @@ def validate(schema: type[C], tree: Mapping[str, Any], source: str) -> C:
         return schema.model_validate(plain)
     except ValidationError as error:
         details = error.errors(include_url=False)
-    unknown = [detail for detail in details if detail["type"] == "extra_forbidden"]
-    if unknown:
-        problems = [_unknown_key(schema, _path(plain, detail)) for detail in unknown]
-    else:
-        problems = _wrong_values(plain, details)
+    problems = _problems(schema, plain, details)
     shown = "; ".join(dict.fromkeys(problems[:3]))
     more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
     raise ValueError(f"{source}: {shown}{more}")
+
+
+def explain(schema: type[Config], tree: Mapping[str, Any], error: ValidationError) -> tuple[str, str]:
+    """Return the first key at fault in what `schema` refused, and one line about it, as `validate` would write it."""
+    plain, details = _plain(tree), error.errors(include_url=False)
+    first = next((detail for detail in details if detail["type"] == "extra_forbidden"), details[0])
+    path = _path(plain, first)
+    return str(path[0]) if path else "", _problems(schema, plain, details)[0]
+
+
+def _problems(schema: type[Config], plain: Any, details: Sequence[ErrorDetails]) -> list[str]:
+    unknown = [detail for detail in details if detail["type"] == "extra_forbidden"]
+    if unknown:
+        return [_unknown_key(schema, _path(plain, detail)) for detail in unknown]
+    return _wrong_values(plain, details)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ from dalle import __version__
 from dalle.config import validate
 from dalle.dvae import DiscreteVAE
 from dalle.files import read_json, write_json
-from dalle.generation.options import GenerationOptions
+from dalle.generation.request import ModelDefaults
 from dalle.manifest import write_manifest
 from dalle.tokenizer import Tokenizer
 from dalle.transformer import Transformer
@@ -41,7 +41,7 @@ def check_fit(tokenizer: Tokenizer, dvae: DiscreteVAE, transformer: Transformer)
             )
 
 
-def write_index(folder: Path, defaults: GenerationOptions) -> None:
+def write_index(folder: Path, defaults: ModelDefaults) -> None:
     """Turns a folder that holds the components into a model folder: model_index.json, then the manifest."""
     index = {
         "_class_name": "DallePipeline",
@@ -106,7 +106,7 @@ def model_folder(
         ) from error
 
 
-def read_index(path: Path) -> GenerationOptions:
+def read_index(path: Path) -> ModelDefaults:
     """Checks model_index.json and gives the model's default settings."""
     index = read_json(path)
     name = index.get("_class_name") if isinstance(index, dict) else None
@@ -119,7 +119,7 @@ def read_index(path: Path) -> GenerationOptions:
             f"{path} lists components {components}; dalle {__version__} reads {COMPONENTS | there} here:"
             f" install the dalle that wrote it ({index.get('_dalle_version')})"
         )
-    return validate(GenerationOptions, index.get("defaults", {}), f"{path}: defaults")
+    return validate(ModelDefaults, index.get("defaults", {}), f"{path}: defaults")
 
 
 def one_line(error: Exception) -> str:

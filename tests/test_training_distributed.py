@@ -12,7 +12,7 @@ from torch import Tensor
 from dalle.config import validate
 from dalle.data.pairs import BadSampleLog, Pair, read_pairs
 from dalle.data.shapes import write_shapes
-from dalle.generation.options import GenerationOptions
+from dalle.generation.request import GenerationOptions
 from dalle.training import loop
 from dalle.training.clip import CLIPStage
 from dalle.training.distributed import Layout, _mesh

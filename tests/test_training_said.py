@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dalle import files
 from dalle.config import load_preset, override, validate
 from dalle.data.pairs import read_pairs
 from dalle.data.shapes import write_shapes
@@ -84,7 +85,7 @@ def test_given_parts_are_said_and_their_sizes_recorded_in_place_of_settings_with
     assert f"settings that the given parts decide: {changes}" in said
     assert f"dvae: reused from {trained / 'dvae'}, not trained; [dvae_training] has no effect" in said
     assert f"transformer: goes on from the weights in {trained / 'transformer'}" in said
-    recorded = read_json(out / "run" / "config.json")["recipe"]
+    recorded = files.read_json(out / "run" / "config.json")["recipe"]
     assert recorded["transformer"]["n_heads"] == 2 and recorded["dvae"]["d_hidden"] == 8
 
 

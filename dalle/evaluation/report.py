@@ -33,7 +33,7 @@ from dalle.evaluation.protocols import (
 from dalle.evaluation.ranking import MAX_PROBE_PICTURES, PROBE_FIELD, RankerReport
 from dalle.evaluation.sheets import pairs_sheet, spread
 from dalle.generation.recipe import Versions
-from dalle.generation.request import count_seeds
+from dalle.generation.request import ImageRequest
 from dalle.generation.rerank import Ranker
 from dalle.pipeline import DallePipeline
 
@@ -78,7 +78,7 @@ def evaluate(
     everyone = [index for found in members.values() for index in found]
     hard = zero_shot_rows(pairs)
     rows = spread(hard or everyone, limit or len(pairs))
-    count_seeds(seed, len(rows))  # refuses now what would be refused after minutes
+    ImageRequest("", seed=seed).seeds(len(rows))  # refuses now what would be refused after minutes
     for_codes = [] if "train" in members else spread(_indices(pairs, "train"), _train_limit(limit))
     both = {"clip": pipe.ranker, "judge": pipe.load_judge()}
     rankers = {name: ranker for name, ranker in both.items() if ranker is not None}

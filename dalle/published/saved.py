@@ -1,7 +1,8 @@
-"""Modules that are one component of a model folder: a config and its weights, which are mapped, not copied."""
+"""Modules that are one component of a model folder: a config and its weights."""
 
 from __future__ import annotations
 
+from os import PathLike
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -26,6 +27,6 @@ class SavedModule(nn.Module):
         save_component(Path(folder), self.config, self.state_dict())
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
+    def from_pretrained(cls, folder: str | PathLike[str]) -> Self:
         """Read what `save_pretrained` wrote, in float32 on the CPU, in eval mode; ValueError if it is damaged."""
         return load_module(folder, cls.schema, cls, cls.__name__)

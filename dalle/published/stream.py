@@ -70,7 +70,8 @@ def attend_step(q: Tensor, cache: SlotCache, rows: MaskRows, position: int, coun
     if hidden is not None:
         read = read.masked_fill(~hidden.to(q.device), -torch.inf)
     places = rows.images[position]
-    keys, values = cache.images[:, :, :, places if isinstance(places, slice) else places.to(q.device)]
+    seen_places = places if isinstance(places, slice) else places.to(q.device)
+    keys, values = cache.images[:, :, :, seen_places].unbind(0)  # (R, H, W, D) each
     seen = (q[:, :, None] @ keys.mT)[:, :, 0]  # (R, H, W)
     shares = torch.cat([read, seen], dim=-1).softmax(dim=-1)
     n_caption = read.shape[-1]

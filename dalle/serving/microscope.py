@@ -22,8 +22,8 @@ from torch import Tensor
 from dalle.attention import allowed_image_keys, layer_kinds
 from dalle.config import validate
 from dalle.dvae import DiscreteVAE
-from dalle.generation.options import GenerationOptions
 from dalle.generation.recipe import Recipe
+from dalle.generation.request import GenerationOptions
 from dalle.generation.sampling import (
     MIN_TEMPERATURE,
     apply_temperature,

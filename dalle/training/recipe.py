@@ -11,7 +11,7 @@ from dalle.clip import CLIPConfig
 from dalle.config import Config, differences, load_preset, override, validate
 from dalle.dvae import DVAEConfig
 from dalle.files import read_json
-from dalle.generation.options import GenerationOptions
+from dalle.generation.request import ModelDefaults
 from dalle.tokenizer import TokenizerConfig
 from dalle.transformer import TransformerConfig
 
@@ -163,9 +163,7 @@ class Recipe(Config):
     clip_training: CLIPTraining | None = None
     balance: Balance | None = None
     distributed: DistributedConfig = IN_ONE_PIECE  # a resume may have another
-    sampling: GenerationOptions = (
-        GenerationOptions()
-    )  # how the finished model draws when nothing else is asked
+    sampling: ModelDefaults = ModelDefaults()  # how the finished model draws when nothing else is asked
     weights: Literal["float32", "bfloat16"] = "float32"  # how the finished model is stored
 
     def identity(self) -> dict[str, Any]:
