@@ -15,7 +15,6 @@ from dalle.config import load_preset, override, validate
 from dalle.data.pairs import read_pairs
 from dalle.data.shapes import write_shapes
 from dalle.evaluation.report import evaluate
-from dalle.files import read_json
 from dalle.generation.precision import default_dtype
 from dalle.pipeline import DallePipeline
 from dalle.training.recipe import Recipe
