@@ -20,7 +20,6 @@ import time
 from pathlib import Path
 
 import torch
-from machine import bandwidth, gemm_peak
 from torch.utils.flop_counter import FlopCounterMode
 
 from dalle.attention import allowed_image_keys, layer_kinds
@@ -30,6 +29,7 @@ from dalle.generation.engine import Engine, cache_bytes
 from dalle.generation.precision import decode_threads, default_dtype, threads
 from dalle.generation.request import GenerationOptions
 from dalle.pipeline import DallePipeline
+from dalle.training.peaks import bandwidth, gemm_peak
 from dalle.training.recipe import Recipe, transformer_config
 from dalle.transformer import Transformer, TransformerConfig
 
