@@ -1,4 +1,4 @@
-"""`dalle train`: tokenizer -> dVAE -> picture tokens -> transformer -> CLIP -> model folder, resumed by the same call.
+"""`dalle train`: tokenizer -> dVAE -> its decoder -> picture tokens -> transformer -> CLIP -> model folder; resumable.
 
 OUT/                 the model folder, complete when the last stage ends
 OUT/run/config.json  the recipe and what it was run on: a resume with anything else is refused
@@ -16,14 +16,23 @@ from filelock import FileLock, Timeout
 from dalle import weights
 from dalle.config import differences
 from dalle.data.pairs import BadSampleLog, read_pairs
-from dalle.model_folder import write_index, write_ranker_index
+from dalle.generation.options import GenerationOptions
+from dalle.model_folder import read_index, write_index, write_ranker_index
 from dalle.training.card import write_card
 from dalle.training.processes import ALONE, World
 from dalle.training.recipe import Recipe
 from dalle.training.run import Run
-from dalle.training.stages import clip_stage, dvae_stage, refuse_misfit, tokenizer_stage, transformer_stage
+from dalle.training.stages import (
+    clip_stage,
+    decoder_stage,
+    dvae_stage,
+    keep_given,
+    refuse_misfit,
+    tokenizer_stage,
+    transformer_stage,
+)
 
-STAGES = ("tokenizer", "dvae", "transformer", "clip")
+STAGES = ("tokenizer", "dvae", "decoder", "transformer", "clip")
 logger = logging.getLogger(__name__)
 
 
@@ -41,7 +50,8 @@ def train(
 ) -> Path:
     """Train all `stages` of `recipe` on the pairs in `data`; returns the model folder `out`.
 
-    With `init_from`, its tokenizer and dVAE are reused and its transformer is continued; what it lacks is trained.
+    With `init_from`, its tokenizer and dVAE are reused and its transformer is continued; what it lacks is trained. Stage
+    decoder without stage dvae gives its dVAE another decoder; its transformer and CLIPs are kept where no stage trains them.
     All processes of `world` make the same call; `data` and `out` must be the same folders for all of them.
     Raises ValueError for bad data, a folder in use, or a resume that differs; `Stopped` after a signal.
     """
@@ -69,18 +79,18 @@ def train(
 
 def _refuse_unequal_parts(recipe: Recipe, world: World) -> None:
     """Every stage's micro-batch must fall into equal parts: said before the first stage begins."""
-    for training in (recipe.dvae_training, recipe.transformer_training, recipe.clip_training):
-        if training is not None:
-            world.part(training.batch_size)
+    for training in recipe.trainings.values():
+        world.part(training.batch_size)
 
 
 def _with_settings(recipe: Recipe, stages: tuple[str, ...]) -> tuple[str, ...]:
     """The stages that the recipe has settings for; ValueError when that is none of those asked for."""
-    if recipe.clip is not None:
-        return stages
-    kept = tuple(stage for stage in stages if stage != "clip")
+    needed = {"decoder": ("decoder_training",), "clip": ("clip", "clip_training")}
+    missing = {stage for stage, names in needed.items() if getattr(recipe, names[-1]) is None}
+    kept = tuple(stage for stage in stages if stage not in missing)
     if not kept:
-        raise ValueError("stage clip needs the settings clip and clip_training, which this preset has not")
+        names = " and ".join(needed[stages[0]])
+        raise ValueError(f"stage {stages[0]} needs the settings {names}, which this preset has not")
     return kept
 
 
@@ -88,7 +98,7 @@ def _train(run: Run, stages: tuple[str, ...]) -> None:
     """Run the stages in their order, each with what it needs of those before."""
     tokenizer, dvae = tokenizer_stage(run), None
     clip = run.recipe.clip_training if "clip" in stages else None
-    if {"dvae", "transformer"} & set(stages) or (clip is not None and clip.reconstructed > 0):
+    if {"dvae", "decoder", "transformer"} & set(stages) or (clip is not None and clip.reconstructed > 0):
         if "dvae" not in stages and not run.exists("dvae"):
             raise ValueError(
                 f"stage {stages[0]} needs a dVAE, and {run.out} has none: add dvae to --stages, or give --init-from"
@@ -96,6 +106,12 @@ def _train(run: Run, stages: tuple[str, ...]) -> None:
         if "transformer" in stages:
             refuse_misfit(run, tokenizer)
         dvae = dvae_stage(run)
+        if run.recipe.decoder_training is not None and (
+            "decoder" in stages or run.exists("decoder") or run.given("dvae") is not None
+        ):
+            dvae = decoder_stage(run, stages)
+    if "decoder" in stages and not {"transformer", "clip"} & set(stages):
+        keep_given(run)
     if "transformer" in stages and dvae is not None:
         transformer_stage(run, tokenizer, dvae)
     if clip is not None:
@@ -186,8 +202,17 @@ def _finish(run: Run) -> None:
     if not run.world.is_main:
         return
     done = run.records()
-    if "transformer" in done:
+    if "transformer" in done and run.recipe.decoder_training is not None and "decoder" not in done:
+        logger.info("%s: the model is complete once stage decoder has run", run.out)
+    elif "transformer" in done:
         write_card(run.out, run.recipe, run.data, run.pairs, run.init_from)
-        write_index(run.out, run.recipe.sampling)
+        write_index(run.out, _defaults(run))
     elif "clip" in done:
         write_ranker_index(run.out)
+
+
+def _defaults(run: Run) -> GenerationOptions:
+    """How the finished model draws: by the recipe; a transformer that was kept as given, as it did."""
+    index = run.init_from / "model_index.json" if run.init_from else None
+    kept = set(run.records()["transformer"]["inputs"]) == {"given"}
+    return read_index(index) if kept and index is not None and index.is_file() else run.recipe.sampling
