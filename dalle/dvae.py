@@ -9,7 +9,7 @@ of the quantizer's latent (K for gumbel, one per level for FSQ). Images are floa
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
@@ -124,6 +124,11 @@ class DVAEConfig(Config):
         return self.decoder_widths or (2 * self.d_hidden, self.d_hidden)
 
     @property
+    def light_blocks(self) -> int:
+        """Residual blocks per resolution of the light trunk's decoder."""
+        return self.decoder_blocks or self.n_blocks
+
+    @property
     def last_shuffle(self) -> float:
         """Factor of the light decoder's last pixel shuffle."""
         return self.output_size / self._last_side
@@ -131,6 +136,13 @@ class DVAEConfig(Config):
     @property
     def _last_side(self) -> int:
         return int(self.grid_size * 2 ** (len(self.light_widths) - 1))
+
+    def draws_as(self, other: Self) -> bool:
+        """Whether the light decoders of two configs have the same sizes."""
+        own, others = (
+            (config.output_size, config.light_widths, config.light_blocks) for config in (self, other)
+        )
+        return own == others
 
     def mirrored(self) -> Self:
         """The same encoder and codes with the decoder that mirrors it: what the codes are learned with."""
@@ -150,6 +162,14 @@ def map_pixels(images: Tensor) -> Tensor:
 def unmap_pixels(mapped: Tensor) -> Tensor:
     """Undo `map_pixels` and clamp to [0, 1]."""
     return ((mapped - PIXEL_MARGIN) / (1 - 2 * PIXEL_MARGIN)).clamp(0, 1)
+
+
+def relaxed_pixels(out: Tensor) -> Tensor:
+    """Images (B, 3, S, S) of what the decoder gives, (B, 6, S, S): beyond [0, 1] by a little where it overshoots.
+
+    For losses: a clamp would stop the gradient there.
+    """
+    return (torch.sigmoid(out[:, :3].float()) - PIXEL_MARGIN) / (1 - 2 * PIXEL_MARGIN)
 
 
 def logit_laplace_nll(mapped: Tensor, mu: Tensor, ln_b: Tensor) -> Tensor:
@@ -372,7 +392,7 @@ def light_decoder(config: DVAEConfig, n_latent: int) -> nn.Sequential:
 
     Blocks at G, 2G, ..., each as wide as the config says, then one pixel shuffle to the output.
     """
-    widths, n_blocks = config.light_widths, config.decoder_blocks or config.n_blocks
+    widths, n_blocks = config.light_widths, config.light_blocks
     layers = OrderedDict[str, nn.Module](
         input=Conv2d(n_latent, config.d_code, 1, is_fp32=True),
         layout=ChannelsLast(),
@@ -469,15 +489,23 @@ class DiscreteVAE(nn.Module):
         return self.decode(self.encode(images))
 
     def loss(
-        self, images: Tensor, *, temperature: float, kl_weight: float, generator: torch.Generator | None
+        self,
+        images: Tensor,
+        *,
+        temperature: float,
+        kl_weight: float,
+        generator: torch.Generator | None,
+        distance: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Negative ELBO of images (B, 3, H, W) in [0, 1], nats per sub-pixel, and its parts (App. A.2).
 
         (reconstruction summed over 3HW + kl_weight * KL summed over G² cells) / 3HW, averaged over the batch.
         The metrics, all detached: `reconstruction` (per sub-pixel), `kl` (nats per cell; 0 for FSQ), `mse` of
         the training path in [0, 1], `perplexity` of the code use within this batch (1 to K).
-        `temperature`, `kl_weight` and `generator` concern the gumbel quantizer only. A decoder that draws more pixels
-        than the encoder reads is no part of this bound: see `dalle.training.decoder`.
+        `temperature`, `kl_weight` and `generator` concern the gumbel quantizer only. `distance` of the
+        reconstructions from the images is added, and a metric too (differs: the paper has its likelihood alone).
+        A decoder that draws more pixels than the encoder reads is no part of this bound: see
+        `dalle.training.decoder`.
         """
         assert self.config.output_size == self.config.image_size
         latents = self._latents(images)  # (B, D, G, G)
@@ -498,6 +526,9 @@ class DiscreteVAE(nn.Module):
             mse = F.mse_loss(self.pixels(out.detach()), images.float())
             perplexity = torch.exp(torch.special.entr(code_use).sum())
         metrics = {"reconstruction": reconstruction, "kl": kl, "mse": mse, "perplexity": perplexity}
+        if distance is not None:
+            metrics["distance"] = distance(relaxed_pixels(out), images)
+            total = total + metrics["distance"]
         return total, {name: value.detach() for name, value in metrics.items()}
 
     @classmethod
@@ -523,8 +554,7 @@ class DiscreteVAE(nn.Module):
             return logit_laplace_nll(
                 map_pixels(images), mu, ln_b.clamp(self.config.min_ln_b, MAX_LN_B)
             ).mean()
-        # not clamped to [0, 1]: a clamp would stop the gradient of every pixel that overshoots
-        error = (torch.sigmoid(mu) - PIXEL_MARGIN) / (1 - 2 * PIXEL_MARGIN) - images
+        error = relaxed_pixels(out) - images
         return error.square().mean() + L1_WEIGHT * error.abs().mean()
 
     @staticmethod

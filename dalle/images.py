@@ -194,6 +194,18 @@ def near_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Image.
     return center_crop(_crop(image, left, top, side), size)
 
 
+def shifted(image: Image.Image, most: int, rng: np.random.Generator) -> Image.Image:
+    """Move an RGB picture by up to `most` whole pixels each way; what comes in repeats the pixels of the edge.
+
+    Not in the paper: unlike a crop it resamples nothing, and small pictures keep their sharp edges.
+    """
+    right, down = (int(rng.integers(-most, most + 1)) for _ in range(2))
+    padding = ((max(down, 0), max(-down, 0)), (max(right, 0), max(-right, 0)), (0, 0))
+    pixels = np.pad(np.asarray(image), padding, mode="edge")
+    top, left = max(-down, 0), max(-right, 0)
+    return Image.fromarray(np.ascontiguousarray(pixels[top : top + image.height, left : left + image.width]))
+
+
 def resize_area(
     pixels: npt.NDArray[np.uint8], height: int, width: int, *, align_corners: bool
 ) -> npt.NDArray[np.float32]:

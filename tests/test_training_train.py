@@ -140,7 +140,7 @@ def test_stages_transformer_uses_the_dvae_that_is_given(data: Path, trained: Pat
 
 def test_an_unknown_stage_is_refused_before_anything_is_written(data: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match="stage 'vqgan' is unknown: choose from tokenizer, dvae, transformer, clip"
+        ValueError, match="stage 'vqgan' is unknown: choose from tokenizer, dvae, decoder, transformer, clip"
     ):
         run(data, tmp_path / "model", stages=("dvae", "vqgan"))
     assert not (tmp_path / "model").exists()

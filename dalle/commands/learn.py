@@ -25,7 +25,7 @@ def train(
     out: Annotated[Path, typer.Option(help="Model folder; the same command resumes.")],
     preset: Annotated[str, typer.Option(help="tiny, laptop, gpu, paper, or a .toml file.")] = "laptop",
     stages: Annotated[
-        str, typer.Option(help="all, or a comma list of tokenizer, dvae, transformer, clip.")
+        str, typer.Option(help="all, or a comma list of tokenizer, dvae, decoder, transformer, clip.")
     ] = "all",
     init_from: Annotated[
         str | None, typer.Option(help="Start from these components: a model folder, or `bundled`.")

@@ -182,8 +182,8 @@ def _encode_shard(
 def _settings(pairs: PairSet, dvae: DiscreteVAE, crop: Crop, seed: int) -> dict[str, object]:
     return {
         "format": FORMAT,
-        "dvae": weights.tensors_sha256(dvae.state_dict()),
-        "dvae_config": dvae.config.model_dump(mode="json"),
+        "encoder": weights.tensors_sha256(dvae.encoder.state_dict()),  # another decoder reads the same tokens
+        "dvae_config": dvae.config.mirrored().model_dump(mode="json"),
         "pairs": pairs.fingerprint,
         "crop": crop,
         "seed": seed,

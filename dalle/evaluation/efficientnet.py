@@ -79,7 +79,7 @@ class SameConv(nn.Conv2d):
         rows, columns = (max(0, (-(-side // stride) - 1) * stride + kernel - side) for side in x.shape[-2:])
         if rows or columns:
             x = F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
-        return F.conv2d(x, self.weight, None, stride, groups=self.groups)
+        return F.conv2d(x, self.weight, self.bias, stride, groups=self.groups)
 
 
 class Block(nn.Module):

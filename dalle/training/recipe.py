@@ -86,6 +86,21 @@ class DVAETraining(Optimization):
     kl_steps: int = Field(1, ge=1)  # 0 -> beta, paper 5,000
     final_temperature: float = Field(0.0625, gt=0)  # tau, from 1; paper 1/16
     temperature_steps: int = Field(1, ge=1)  # paper 150,000
+    # Weight of the distance in `dalle.training.perceptual`: so that tokens carry meaning; paper: none
+    feature_weight: float = Field(0.0, ge=0)
+
+
+class DecoderTraining(Optimization):
+    """Stage "decoder": the dVAE's encoder and codes stay, a decoder of the sizes in [dvae] is trained for them."""
+
+    crop: Literal["shift", "center"]  # the whole picture, moved by up to 1/16 of its side; or always as it is
+    feature_weight: float = Field(
+        0.0, ge=0
+    )  # of the distance in `dalle.training.perceptual`, beside L1 + MSE
+    token_noise: float = Field(0.0, ge=0, lt=1)  # share of tokens that become those of another picture
+    # The critic's share of the gradient (`dalle.training.critic`), and the update from which the decoder listens to it
+    adversarial_share: float = Field(0.0, ge=0)
+    adversarial_start: int = Field(0, ge=0)
 
 
 class TransformerTraining(Optimization):
@@ -161,6 +176,8 @@ class Recipe(Config):
     transformer_training: TransformerTraining
     clip: CLIPShape | None = None  # with clip_training: a third stage, which ranks what is drawn
     clip_training: CLIPTraining | None = None
+    # After the dVAE, which is then trained with a decoder that mirrors its encoder: another one, of the sizes in `dvae`
+    decoder_training: DecoderTraining | None = None
     balance: Balance | None = None
     distributed: DistributedConfig = IN_ONE_PIECE  # a resume may have another
     sampling: ModelDefaults = ModelDefaults()  # how the finished model draws when nothing else is asked
@@ -170,12 +187,32 @@ class Recipe(Config):
         """What must be the same for a run to go on."""
         return self.model_dump(mode="json", exclude={"distributed"})
 
+    @property
+    def trainings(self) -> dict[str, Optimization]:
+        """How each stage with an optimizer is trained, in their order."""
+        found = {
+            "dvae": self.dvae_training,
+            "decoder": self.decoder_training,
+            "transformer": self.transformer_training,
+            "clip": self.clip_training,
+        }
+        return {name: training for name, training in found.items() if training is not None}
+
     @model_validator(mode="after")
     def _lengths_agree(self) -> Self:
         if (self.clip is None) != (self.clip_training is None):
             raise ValueError("clip and clip_training belong together: give both or neither")
-        for training in (self.dvae_training, self.transformer_training, self.clip_training):
-            if training is not None and training.warmup_steps >= training.steps:
+        if self.decoder_training is None and self.dvae.output_size != self.dvae.image_size:
+            raise ValueError(
+                f"dvae.output_size {self.dvae.output_size} is not image_size {self.dvae.image_size}: a decoder that draws "
+                "more than the encoder reads needs the settings decoder_training"
+            )
+        if self.decoder_training is not None and self.dvae.trunk == "paper":
+            raise ValueError(
+                "decoder_training belongs to trunk light; the paper's dVAE is trained in one phase"
+            )
+        for training in self.trainings.values():
+            if training.warmup_steps >= training.steps:
                 raise ValueError(f"warmup_steps {training.warmup_steps} must be below steps {training.steps}")
         return self
 
@@ -209,17 +246,28 @@ def load_recipe(preset: str, settings: Sequence[str]) -> Recipe:
     return validate(Recipe, tree, preset)
 
 
+DECODER_SIZES = ("output_size", "decoder_widths", "decoder_blocks")  # of [dvae]: what stage decoder makes
+
+
 def with_given(recipe: Recipe, folder: Path) -> tuple[Recipe, list[str]]:
     """The recipe with the sizes of the components in `folder`, and what that changes: "transformer.n_layers: 2 -> 6".
 
-    A run records what it uses, not what its settings asked for.
+    A run records what it uses, not what its settings asked for. Where stage decoder has settings, the sizes of the
+    decoder stay the recipe's.
     """
     tree = recipe.model_dump()
     for name in ("tokenizer", "dvae", "transformer", "clip"):
         path = folder / name / "config.json"
         config = read_json(path) if path.is_file() else None
         if tree[name] is not None and isinstance(config, dict):
-            tree[name] |= {key: value for key, value in config.items() if key in tree[name]}
+            kept: tuple[str, ...] = ()
+            if name == "dvae" and config.get("trunk") != "light":
+                tree["decoder_training"] = None  # its decoder is its encoder's mirror
+            elif name == "dvae" and recipe.decoder_training is not None:
+                kept = DECODER_SIZES
+            tree[name] |= {
+                key: value for key, value in config.items() if key in tree[name] and key not in kept
+            }
     if tree["dvae"]["quantizer"] == "fsq":
         tree["dvae_training"] |= {key: DVAETraining.model_fields[key].default for key in RELAXATION}
     found = validate(Recipe, tree, str(folder))
