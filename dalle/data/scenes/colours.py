@@ -1,0 +1,85 @@
+"""The colour words of scenes: what a thing or a ground of that word looks like, and which word a pixel is.
+
+Distances are Euclidean in CIE Lab.
+"""
+
+from itertools import combinations
+
+import numpy as np
+import numpy.typing as npt
+
+from dalle.data.art.captions import to_lab
+
+THING_COLOURS = {
+    "red": (214, 38, 50),
+    "orange": (247, 138, 20),
+    "yellow": (253, 211, 50),
+    "green": (66, 160, 62),
+    "blue": (40, 110, 215),
+    "purple": (132, 66, 190),
+    "pink": (246, 130, 185),
+    "brown": (126, 76, 42),
+    "black": (38, 38, 42),
+    "gray": (142, 148, 154),
+}
+GROUND_COLOURS = {
+    "white": (255, 255, 255),
+    "red": (232, 92, 88),
+    "orange": (253, 180, 98),
+    "yellow": (255, 234, 135),
+    "green": (150, 212, 132),
+    "blue": (128, 184, 245),
+    "purple": (182, 152, 228),
+    "pink": (252, 186, 212),
+    "gray": (192, 196, 200),
+    "black": (28, 28, 32),
+}
+# Words whose shades and blurred edges pass for each other: never two of them in one scene.
+_ALIKE = (
+    ("red", "orange", "brown"),
+    ("red", "pink"),
+    ("orange", "yellow"),
+    ("brown", "black", "gray"),
+    ("blue", "purple"),
+    ("purple", "pink"),
+    ("white", "gray"),
+    ("white", "yellow"),
+)
+CONFUSABLE = frozenset(frozenset(pair) for words in _ALIKE for pair in combinations(words, 2))
+
+_THINGS_LAB = to_lab(np.array([*THING_COLOURS.values(), (255, 255, 255)]))
+_GROUNDS_LAB = to_lab(np.array(list(GROUND_COLOURS.values())))
+_THING_WORDS = (*THING_COLOURS, "white")
+_GROUND_WORDS = tuple(GROUND_COLOURS)
+
+
+def are_distinct(first: str, second: str) -> bool:
+    """Return whether two colour words can be told apart in one small picture."""
+    return first != second and frozenset((first, second)) not in CONFUSABLE
+
+
+def colour_shares(pixels: npt.NDArray[np.uint8]) -> dict[str, float]:
+    """Return the share of each colour word among pixels (P, 3), the words nearest in Lab; white is one."""
+    counts = np.bincount(nearest_words(pixels), minlength=len(_THING_WORDS))
+    return {word: float(n) / max(1, len(pixels)) for word, n in zip(_THING_WORDS, counts, strict=True)}
+
+
+def nearest_words(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.intp]:
+    """Return for each pixel (P, 3) the index of the nearest colour word, see `word_index`."""
+    return _nearest(pixels, _THINGS_LAB)
+
+
+def word_index(word: str) -> int:
+    """Return the index by which `nearest_words` means a colour word."""
+    return _THING_WORDS.index(word)
+
+
+def ground_word(colour: npt.NDArray[np.uint8]) -> str:
+    """Return the ground word nearest to a colour (3,)."""
+    return _GROUND_WORDS[int(_nearest(colour[None], _GROUNDS_LAB)[0])]
+
+
+def _nearest(pixels: npt.NDArray[np.uint8], palette: npt.NDArray[np.float64]) -> npt.NDArray[np.intp]:
+    distance: npt.NDArray[np.float64] = ((to_lab(pixels)[:, None] - palette[None]) ** 2).sum(axis=2)  # (P, C)
+    nearest: npt.NDArray[np.intp] = distance.argmin(axis=1)
+    return nearest
