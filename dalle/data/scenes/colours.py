@@ -60,26 +60,27 @@ def are_distinct(first: str, second: str) -> bool:
 
 def colour_shares(pixels: npt.NDArray[np.uint8]) -> dict[str, float]:
     """Return the share of each colour word among pixels (P, 3), the words nearest in Lab; white is one."""
-    counts = np.bincount(nearest_words(pixels), minlength=len(_THING_WORDS))
+    nearest = _distances(pixels, _THINGS_LAB).argmin(axis=1)  # (P,)
+    counts = np.bincount(nearest, minlength=len(_THING_WORDS))
     return {word: float(n) / max(1, len(pixels)) for word, n in zip(_THING_WORDS, counts, strict=True)}
 
 
-def nearest_words(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.intp]:
-    """Return for each pixel (P, 3) the index of the nearest colour word, see `word_index`."""
-    return _nearest(pixels, _THINGS_LAB)
+def ranked_words(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.intp]:
+    """Return for pixels (P, 3) the rank of each colour word by distance, 0 for the nearest, (P, words)."""
+    ranks: npt.NDArray[np.intp] = _distances(pixels, _THINGS_LAB).argsort(axis=1).argsort(axis=1)
+    return ranks
 
 
 def word_index(word: str) -> int:
-    """Return the index by which `nearest_words` means a colour word."""
+    """Return the column of a colour word in `ranked_words`."""
     return _THING_WORDS.index(word)
 
 
 def ground_word(colour: npt.NDArray[np.uint8]) -> str:
     """Return the ground word nearest to a colour (3,)."""
-    return _GROUND_WORDS[int(_nearest(colour[None], _GROUNDS_LAB)[0])]
+    return _GROUND_WORDS[int(_distances(colour[None], _GROUNDS_LAB).argmin())]
 
 
-def _nearest(pixels: npt.NDArray[np.uint8], palette: npt.NDArray[np.float64]) -> npt.NDArray[np.intp]:
-    distance: npt.NDArray[np.float64] = ((to_lab(pixels)[:, None] - palette[None]) ** 2).sum(axis=2)  # (P, C)
-    nearest: npt.NDArray[np.intp] = distance.argmin(axis=1)
-    return nearest
+def _distances(pixels: npt.NDArray[np.uint8], palette: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    distances: npt.NDArray[np.float64] = ((to_lab(pixels)[:, None] - palette[None]) ** 2).sum(axis=2)
+    return distances  # (P, words), squared

@@ -33,11 +33,11 @@ def cut_out(picture: Image.Image, *, has_holes: bool) -> CutOut:
     ground = is_white if has_holes else flood(is_white, border)
     colour, alpha = rgb.copy(), np.where(ground, 0, 1).astype(np.float32)
     edge = ~ground & _dilate(_dilate(ground))
-    paint = _darkest_neighbour(rgb)  # (H, W, 3)
-    away = 1 - paint  # from white to the paint
-    share = ((1 - rgb) * away).sum(axis=2) / np.maximum((away**2).sum(axis=2), 1e-4)
-    alpha[edge] = share.clip(0, 1)[edge]
-    colour[edge] = paint[edge]
+    beside = _darkest_neighbour(rgb, edge)  # (E, 3)
+    away = 1 - beside  # from white to the paint
+    share = ((1 - rgb[edge]) * away).sum(axis=1) / np.maximum((away**2).sum(axis=1), 1e-4)
+    alpha[edge] = share.clip(0, 1)
+    colour[edge] = beside
     rows, columns = np.nonzero(alpha > 0.05)
     if not len(rows):
         raise ValueError("the drawing is blank")
@@ -54,18 +54,16 @@ def _dilate(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     return grown
 
 
-def _darkest_neighbour(rgb: CutOut) -> CutOut:
-    """Return for each pixel the colour farthest from white in its 5 x 5 neighbourhood."""
-    h, w, _ = rgb.shape
+def _darkest_neighbour(rgb: CutOut, where: npt.NDArray[np.bool_]) -> CutOut:
+    """Return for each pixel that `where` marks the colour farthest from white in its 5 x 5 neighbourhood, (E, 3)."""
+    rows, columns = np.nonzero(where)
+    reach = np.arange(5)
     padded = np.pad(rgb, ((2, 2), (2, 2), (0, 0)), constant_values=1)
-    best, found = rgb.copy(), ((1 - rgb) ** 2).sum(axis=2)
-    for y in range(5):
-        for x in range(5):
-            part = padded[y : y + h, x : x + w]
-            distance = ((1 - part) ** 2).sum(axis=2)
-            is_farther = distance > found
-            best[is_farther], found[is_farther] = part[is_farther], distance[is_farther]
-    return best
+    near = padded[rows[:, None, None] + reach[:, None], columns[:, None, None] + reach]  # (E, 5, 5, 3)
+    near = near.reshape(len(rows), 25, 3)
+    darkest = ((1 - near) ** 2).sum(axis=2).argmax(axis=1)
+    found: CutOut = near[np.arange(len(rows)), darkest]
+    return found
 
 
 def painted_share(cut: CutOut) -> float:

@@ -6,15 +6,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
+from dalle.data.scenes.checkers import has_count
 from dalle.data.scenes.colours import THING_COLOURS, colour_shares
-from dalle.data.scenes.components import region_sizes
 from dalle.data.scenes.cutouts import MIN_PAINTED, CutOut, cut_out, paint, painted_share, to_image
 from dalle.data.scenes.objects import Source
 from dalle.data.scenes.shapes import SHAPES, draw_shape
 from dalle.images import open_image
 
-_MEASURED_SIDE = 32  # pixels: the size at which things of a pair are seen by a model of 64 px
-_MIN_SHARE = 0.5  # of the ink, for a drawing to be called by a colour
+_MEASURED_SIDE = 26  # pixels: the size at which things of a pair are seen by a model of 64 px
+_MIN_SHARE = 0.6  # of the ink, for a drawing to be called by a colour
 _NOTABLE_SHARE = 0.12  # of the ink, for a colour to matter beside others
 
 
@@ -66,9 +66,11 @@ def _colour_of(cut: CutOut) -> str | None:
 
 
 def _is_whole(cut: CutOut) -> bool:
-    alpha = np.asarray(_fit(to_image(cut), _MEASURED_SIDE))[..., 3]
-    sizes = region_sizes(np.pad(alpha > 100, 1))
-    return len(sizes) == 1 or sizes[1] < 0.1 * sizes[0]
+    """Return whether the checker of counts sees one piece, on a ground as bright as white."""
+    small = _fit(to_image(cut), _MEASURED_SIDE)
+    page = Image.new("RGB", (2 * _MEASURED_SIDE, 2 * _MEASURED_SIDE), "white")
+    page.paste(small, (_MEASURED_SIDE // 2, _MEASURED_SIDE // 2), small)
+    return has_count(np.asarray(page), 1)
 
 
 def _fit(image: Image.Image, side: int) -> Image.Image:
