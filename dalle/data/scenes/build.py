@@ -7,7 +7,6 @@
 The same art set, seed and numbers give the same folder, byte for byte.
 """
 
-import functools
 import json
 import os
 import re
@@ -32,7 +31,7 @@ from dalle.data.scenes.lettering import FONTS_BY_NAME, fetch_fonts
 from dalle.data.scenes.library import looks_of, shape_looks
 from dalle.data.scenes.objects import Source, find_sources, load_objects, read_art
 from dalle.data.scenes.scene import KINDS, Kind, Scene
-from dalle.data.scenes.shapes import PLURALS, SHAPE_LICENCE
+from dalle.data.scenes.shapes import SHAPE_LICENCE
 from dalle.images import open_image
 
 _THUMBNAIL = 16  # side at which pictures are compared
@@ -166,19 +165,13 @@ def _row(name: str, scene: Scene, split: str, sources: Mapping[tuple[str, str], 
     style = "letters" if scene.word is not None else drawings[0].style if drawings else "shapes"
     fields = {
         "file_name": name,
-        "captions": make_captions(scene, _plurals()),
+        "captions": make_captions(scene),
         "split": split,
         "style": style,
         "license": " AND ".join(sorted(licences)),
         "sources": sorted(set(origins)),
     }
     return fields | scene.to_fields()
-
-
-@functools.cache
-def _plurals() -> dict[str, str]:
-    """Return the plurals of objects and shapes that are not noun + s."""
-    return PLURALS | {obj.noun: obj.plural for obj in load_objects() if obj.plural is not None}
 
 
 _Task = tuple[Sequence[Scene], Sequence[str], Mapping[tuple[str, str], Source], Mapping[str, Path], int, Path]

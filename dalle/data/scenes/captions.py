@@ -1,8 +1,12 @@
 """The captions of a scene: the same facts in several forms; the first is the plainest."""
 
+import functools
+
 from dalle.data.art.captions import add_article
 from dalle.data.art.packages import STYLES
+from dalle.data.scenes.objects import load_objects
 from dalle.data.scenes.scene import OPPOSITE, Scene, Thing
+from dalle.data.scenes.shapes import PLURALS
 
 _WORDS = {style.name: style.words for style in STYLES}
 _NUMBERS = ("zero", "one", "two", "three", "four")
@@ -10,11 +14,8 @@ _BESIDE = {"left": "to the left of", "right": "to the right of", "above": "above
 _PLACES = {"left": "on the left", "right": "on the right", "above": "at the top", "below": "at the bottom"}
 
 
-def make_captions(scene: Scene, plurals: dict[str, str]) -> list[str]:
-    """Return three to five captions, each with every attribute; a changed attribute keeps their forms.
-
-    plurals: of the objects and shapes whose plural is not noun + s.
-    """
+def make_captions(scene: Scene) -> list[str]:
+    """Return three to five captions, each with every attribute; a changed attribute keeps their forms."""
     if scene.kind == "word":
         return _word_captions(scene)
     if scene.kind == "top_bottom":
@@ -26,7 +27,13 @@ def make_captions(scene: Scene, plurals: dict[str, str]) -> list[str]:
             f"{first} in front of {add_article(scene.ground)} background",
         ]
         return _in_style(phrases, "", scene)
-    return _in_style(_phrases(scene, plurals), _on_ground(scene), scene)
+    return _in_style(_phrases(scene), _on_ground(scene), scene)
+
+
+@functools.cache
+def _plurals() -> dict[str, str]:
+    """Return the plurals of objects and shapes that are not noun + s."""
+    return PLURALS | {obj.noun: obj.plural for obj in load_objects() if obj.plural is not None}
 
 
 def noun_phrase(thing: Thing) -> str:
@@ -42,14 +49,14 @@ def _on_ground(scene: Scene) -> str:
     return "" if scene.ground == "white" else f" on {add_article(scene.ground)} background"
 
 
-def _phrases(scene: Scene, plurals: dict[str, str]) -> list[str]:
+def _phrases(scene: Scene) -> list[str]:
     """Return two or three noun phrases for what is shown."""
     thing = scene.things[0]
     first = noun_phrase(thing)
     if scene.kind == "count":
         number, noun = _NUMBERS[scene.count], _noun(thing)
         if scene.count > 1:
-            noun = " ".join(w for w in (thing.color, plurals.get(thing.object, thing.object + "s")) if w)
+            noun = " ".join(w for w in (thing.color, _plurals().get(thing.object, thing.object + "s")) if w)
         return [f"{number} {noun}", f"exactly {number} {noun}"]
     if scene.kind == "position":
         assert scene.relation is not None
