@@ -20,7 +20,7 @@ from dalle.data.scenes import build_scenes
 from dalle.data.scenes.build import known_words
 from dalle.data.scenes.captions import make_captions
 from dalle.data.scenes.checkers import shows
-from dalle.data.scenes.colours import GROUND_COLOURS, THING_COLOURS, are_distinct
+from dalle.data.scenes.colours import GROUND_COLOURS, THING_COLOURS, are_distinct, is_legible
 from dalle.data.scenes.components import flood, label_regions, region_sizes
 from dalle.data.scenes.cutouts import cut_out, paint, painted_share
 from dalle.data.scenes.drawing import draw_scene
@@ -443,6 +443,8 @@ def test_words_and_pairs_have_no_checker_here() -> None:
 def test_colours_that_pass_for_each_other_are_not_distinct() -> None:
     assert are_distinct("red", "blue") and are_distinct("blue", "red")
     assert not are_distinct("red", "red") and not are_distinct("orange", "red")
+    assert is_legible("black", "yellow") and is_legible("pink", "black")
+    assert not is_legible("green", "red") and not is_legible("gray", "orange")
 
 
 def test_words_of_the_art_set_are_whole_words() -> None:

@@ -47,6 +47,8 @@ _ALIKE = (
 )
 CONFUSABLE = frozenset(frozenset(pair) for words in _ALIKE for pair in combinations(words, 2))
 
+_MIN_CONTRAST = 25.0  # of lightness in Lab, 0 to 100
+
 _THINGS_LAB = to_lab(np.array([*THING_COLOURS.values(), (255, 255, 255)]))
 _GROUNDS_LAB = to_lab(np.array(list(GROUND_COLOURS.values())))
 _THING_WORDS = (*THING_COLOURS, "white")
@@ -56,6 +58,12 @@ _GROUND_WORDS = tuple(GROUND_COLOURS)
 def are_distinct(first: str, second: str) -> bool:
     """Return whether two colour words can be told apart in one small picture."""
     return first != second and frozenset((first, second)) not in CONFUSABLE
+
+
+def is_legible(word: str, ground: str) -> bool:
+    """Return whether letters of a colour word stand out from a ground by lightness, not by hue alone."""
+    lightness = to_lab(np.array([THING_COLOURS[word], GROUND_COLOURS[ground]]))[:, 0]
+    return bool(abs(lightness[0] - lightness[1]) >= _MIN_CONTRAST)
 
 
 def colour_shares(pixels: npt.NDArray[np.uint8]) -> dict[str, float]:

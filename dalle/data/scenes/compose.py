@@ -6,7 +6,7 @@ from typing import TypeVar
 import numpy as np
 
 from dalle.data.art.packages import DEFAULT_STYLES
-from dalle.data.scenes.colours import GROUND_COLOURS, THING_COLOURS, are_distinct
+from dalle.data.scenes.colours import GROUND_COLOURS, THING_COLOURS, are_distinct, is_legible
 from dalle.data.scenes.lettering import FONTS
 from dalle.data.scenes.library import Look
 from dalle.data.scenes.scene import KINDS, Kind, Relation, Scene, Size, Thing
@@ -114,7 +114,7 @@ class Composer:
         ground = "white"
         if rng.random() < _COLOURED_GROUND:
             ground = _choose(rng, list(GROUND_COLOURS))
-            if not are_distinct(colour, ground):
+            if not (are_distinct(colour, ground) and is_legible(colour, ground)):
                 return None
         return Scene("word", (), ground, word=word, font=font, color=colour)
 

@@ -16,7 +16,7 @@ from dalle.data.art.packages import install_packages, require_packages
 from dalle.data.scenes.colours import THING_COLOURS
 
 _CELL = 0.25  # of the picture's side
-_GLYPH_WIDTH = 0.9  # of the cell, at most
+_GLYPH_WIDTH = 0.84  # of the cell, at most
 _DRAWN = 256  # pixels a capital is high before it is fitted
 
 
