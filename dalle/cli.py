@@ -30,6 +30,7 @@ app.command(name="import")(learn.import_checkpoint)
 data_app.command()(data.inspect)
 data_app.command(name="filter")(data.filter_data)
 data_app.command()(data.emoji)
+data_app.command()(data.scenes)
 
 
 def main() -> None:

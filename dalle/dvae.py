@@ -22,7 +22,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dalle.config import Config
+from dalle.config import Config, validate
 from dalle.weights import load_module, save_component
 
 DOWNSAMPLING = 8  # image side / grid side; three 2x poolings (§2.1)
@@ -143,6 +143,15 @@ class DVAEConfig(Config):
             (config.output_size, config.light_widths, config.light_blocks) for config in (self, other)
         )
         return own == others
+
+    def drawing_as(self, other: Self) -> Self:
+        """The same encoder and codes with the decoder of `other`; ValueError when that does not fit."""
+        sizes = {
+            "output_size": other.output_size,
+            "decoder_widths": other.light_widths,
+            "decoder_blocks": other.light_blocks,
+        }
+        return validate(type(self), self.model_dump() | sizes, "the given dVAE with the decoder of [dvae]")
 
     def mirrored(self) -> Self:
         """The same encoder and codes with the decoder that mirrors it: what the codes are learned with."""
