@@ -24,6 +24,7 @@ from PIL.Image import Image
 
 from dalle import files, images, weights
 from dalle.data.pairs import BadSampleLog, Pair, PairSet
+from dalle.dvae import DiscreteVAE
 from dalle.image_tokenizer import ImageTokenizer
 
 Crop = Literal["paper", "center", "near"]  # Listing 2; the whole central square; nearly the whole of it
@@ -180,10 +181,13 @@ def _encode_shard(
 
 
 def _settings(pairs: PairSet, dvae: ImageTokenizer, crop: Crop, seed: int) -> dict[str, object]:
+    tensors, config = dvae.state_dict(), dvae.config
+    if isinstance(dvae, DiscreteVAE):  # another decoder reads the same tokens
+        tensors, config = dvae.encoder.state_dict(), dvae.config.mirrored()
     return {
         "format": FORMAT,
-        "encoder": weights.tensors_sha256(dvae.encoder.state_dict()),  # another decoder reads the same tokens
-        "dvae_config": dvae.config.mirrored().model_dump(mode="json"),
+        "encoder": weights.tensors_sha256(tensors),
+        "dvae_config": config.model_dump(mode="json"),
         "pairs": pairs.fingerprint,
         "crop": crop,
         "seed": seed,
