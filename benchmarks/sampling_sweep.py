@@ -12,7 +12,7 @@ from pathlib import Path
 from dalle.data.pairs import read_pairs
 from dalle.evaluation.protocols import PictureReader, draw, nearest_of_100, zero_shot_rows
 from dalle.evaluation.sheets import spread
-from dalle.generation.request import GenerationOptions
+from dalle.generation.request import ModelDefaults
 from dalle.pipeline import DallePipeline
 
 SETTINGS = [  # temperature, guidance
@@ -42,7 +42,7 @@ def main() -> None:
     rows = spread(easy, arguments.limit)
     reader = PictureReader(pipe.dvae.config.image_size)
     for temperature, guidance in SETTINGS:
-        pipe.defaults = GenerationOptions(temperature=temperature, guidance=guidance)
+        pipe.sampler.defaults = ModelDefaults(temperature=temperature, guidance=guidance)
         tokens, seconds = draw(pipe, [pairs[row].captions[0] for row in rows], 0, lambda _: None)
         figures = nearest_of_100(pipe, pairs, rows, tokens, reader, lambda _: None)
         row = {

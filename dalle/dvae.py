@@ -481,10 +481,33 @@ class DiscreteVAE(nn.Module):
             return self.encoder.fsq.tokens(self.encoder.fsq.quantize(latents))
         return latents.argmax(dim=1)  # (B, G, G)
 
+    @property
+    def image_size(self) -> int:
+        """Side of the pictures that are read, in pixels."""
+        return self.config.image_size
+
+    @property
+    def output_size(self) -> int:
+        """Side of the pictures that are drawn, in pixels, S."""
+        return self.config.output_size
+
+    @property
+    def grid_size(self) -> int:
+        """Tokens a side, G."""
+        return self.config.grid_size
+
+    @property
+    def n_codes(self) -> int:
+        """Size of the codebook, K."""
+        return self.config.n_codes
+
     def decode(self, tokens: Tensor) -> Tensor:
-        """Images (B, 3, S, S) in [0, 1] of tokens (B, G, G) in [0, K); ValueError for others."""
+        """Images (B, 3, S, S) in [0, 1] of tokens (B, G, G) in [0, K), or the top of them of the first grid rows.
+
+        Raises ValueError for other tokens.
+        """
         grid, n_codes = self.config.grid_size, self.config.n_codes
-        if tokens.ndim != 3 or tokens.shape[1:] != (grid, grid):
+        if tokens.ndim != 3 or tokens.shape[2] != grid or not 1 <= tokens.shape[1] <= grid:
             shape = tuple(tokens.shape)
             raise ValueError(f"tokens have shape {shape}; this dVAE decodes (batch, {grid}, {grid})")
         tokens = tokens.long()

@@ -99,7 +99,7 @@ def encode(
             raise ValueError(f"--crop {crop!r} is unknown: use center or paper")
         pairs = read_pairs(data)
         pairs.require_mostly_good()
-        dvae = DallePipeline.from_pretrained(model).dvae.to(place)
+        dvae = DallePipeline.from_pretrained(model, device=place).dvae
         folder = encode_part(
             pairs,
             dvae,

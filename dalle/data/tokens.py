@@ -25,6 +25,7 @@ from PIL.Image import Image
 from dalle import files, images, weights
 from dalle.data.pairs import BadSampleLog, Pair, PairSet
 from dalle.dvae import DiscreteVAE
+from dalle.image_tokenizer import ImageTokenizer
 
 Crop = Literal["paper", "center", "near"]  # Listing 2; the whole central square; nearly the whole of it
 
@@ -94,7 +95,7 @@ class TokenStore:
 
 def encode_part(
     pairs: PairSet,
-    dvae: DiscreteVAE,
+    dvae: ImageTokenizer,
     folder: str | Path,
     *,
     crop: Crop,
@@ -118,8 +119,8 @@ def encode_part(
         raise ValueError("there are no pictures to encode: the set is empty")
     if seed < 0 or batch_size < 1:
         raise ValueError(f"seed is {seed}, batch_size {batch_size}; they have to be >= 0 and >= 1")
-    if dvae.config.n_codes > 2**16:
-        raise ValueError(f"the dVAE has {dvae.config.n_codes} codes; a token store holds at most {2**16}")
+    if dvae.n_codes > 2**16:
+        raise ValueError(f"the dVAE has {dvae.n_codes} codes; a token store holds at most {2**16}")
     settings = _settings(pairs, dvae, crop, seed)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     store = Path(folder) / "tokens" / digest[:12]
@@ -141,7 +142,7 @@ def encode_part(
 def _encode_shard(
     pairs: PairSet,
     rows: range,
-    dvae: DiscreteVAE,
+    dvae: ImageTokenizer,
     store: Path,
     shard: int,
     crop: Crop,
@@ -154,14 +155,14 @@ def _encode_shard(
     n_done, invalid = _read_progress(store, shard)
     if n_done == len(rows):
         return
-    grid = dvae.config.grid_size
+    grid = dvae.grid_size
     if n_done == 0:
         np.lib.format.open_memmap(_file(store, shard), mode="w+", dtype="<u2", shape=(len(rows), grid, grid))
     with _file(store, shard).open("r+b") as file:
         row_bytes = 2 * grid**2
         header_bytes = os.fstat(file.fileno()).st_size - len(rows) * row_bytes
         left = pairs.pairs[rows.start + n_done : rows.stop]
-        batches = _batches(left, dvae.config.image_size, crop, seed, batch_size)
+        batches = _batches(left, dvae.image_size, crop, seed, batch_size)
         for n_batch, batch in enumerate(batches, start=1):
             readable = [row for row, picture in enumerate(batch) if isinstance(picture, Image)]
             tokens = np.zeros((len(batch), grid, grid), dtype="<u2")  # (B, G, G)
@@ -179,11 +180,14 @@ def _encode_shard(
             say(n_done)
 
 
-def _settings(pairs: PairSet, dvae: DiscreteVAE, crop: Crop, seed: int) -> dict[str, object]:
+def _settings(pairs: PairSet, dvae: ImageTokenizer, crop: Crop, seed: int) -> dict[str, object]:
+    tensors, config = dvae.state_dict(), dvae.config
+    if isinstance(dvae, DiscreteVAE):  # another decoder reads the same tokens
+        tensors, config = dvae.encoder.state_dict(), dvae.config.mirrored()
     return {
         "format": FORMAT,
-        "encoder": weights.tensors_sha256(dvae.encoder.state_dict()),  # another decoder reads the same tokens
-        "dvae_config": dvae.config.mirrored().model_dump(mode="json"),
+        "encoder": weights.tensors_sha256(tensors),
+        "dvae_config": config.model_dump(mode="json"),
         "pairs": pairs.fingerprint,
         "crop": crop,
         "seed": seed,
@@ -200,7 +204,7 @@ def _log_of_bad_samples(folder: Path, pairs: PairSet, rank: int, n_processes: in
     return log
 
 
-def _encode(pictures: Sequence[Image], dvae: DiscreteVAE) -> NDArray[np.int64]:
+def _encode(pictures: Sequence[Image], dvae: ImageTokenizer) -> NDArray[np.int64]:
     parameter = next(dvae.parameters())
     with torch.inference_mode():
         x = images.to_tensor(pictures).to(parameter.device, parameter.dtype)  # (B, 3, H, W)

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from dalle import images
 from dalle.data.pairs import Pair, PairSet
-from dalle.dvae import DiscreteVAE
 from dalle.evaluation.metrics import (
     Figures,
     Reconstruction,
@@ -31,9 +30,10 @@ from dalle.evaluation.metrics import (
     retrieval_by_chance,
     thumbnails,
 )
+from dalle.image_tokenizer import ImageTokenizer
 from dalle.pipeline import DallePipeline
+from dalle.token_model import TokenModel
 from dalle.tokenizer import Tokenizer
-from dalle.transformer import Transformer
 
 BATCH = 64  # pictures read, captions scored and rows drawn at once
 DVAE_BATCH = 16  # pictures in the dVAE at once: its full-resolution activations are what fills memory
@@ -72,28 +72,28 @@ class PictureReader:
 
 
 @torch.no_grad()
-def reconstruct(dvae: DiscreteVAE, pictures: Tensor) -> tuple[Tensor, Tensor]:
+def reconstruct(dvae: ImageTokenizer, pictures: Tensor) -> tuple[Tensor, Tensor]:
     """Hard tokens (B, G, G) of pictures (B, 3, S, S) in [0, 1], and the pictures again; on the CPU.
 
     The pictures are of the size that the dVAE draws, S, which may be larger than that which its encoder reads.
     """
     device = next(dvae.parameters()).device
-    seen = images.box_filtered(pictures, dvae.config.image_size)  # (B, 3, H, W)
+    seen = images.box_filtered(pictures, dvae.image_size)  # (B, 3, H, W)
     tokens = [dvae.encode(part.to(device)).cpu() for part in torch.split(seen, DVAE_BATCH)]
     found = torch.cat(tokens)
     return found, decode(dvae, found)
 
 
 @torch.no_grad()
-def decode(dvae: DiscreteVAE, tokens: Tensor) -> Tensor:
+def decode(dvae: ImageTokenizer, tokens: Tensor) -> Tensor:
     """Pictures (B, 3, S, S) in [0, 1] of tokens (B, G, G), on the CPU."""
     device = next(dvae.parameters()).device
     return torch.cat([dvae.decode(part.to(device)).float().cpu() for part in torch.split(tokens, DVAE_BATCH)])
 
 
-def measure_reconstruction(dvae: DiscreteVAE, batches: Iterable[Tensor]) -> tuple[Reconstruction, Tensor]:
+def measure_reconstruction(dvae: ImageTokenizer, batches: Iterable[Tensor]) -> tuple[Reconstruction, Tensor]:
     """Sums over batches of pictures (B, 3, S, S) in [0, 1], and the tokens (M, G, G) int64 of all of them."""
-    sums, grid = Reconstruction(dvae.config.n_codes, dvae.config.image_size), dvae.config.grid_size
+    sums, grid = Reconstruction(dvae.n_codes, dvae.image_size), dvae.grid_size
     found = [torch.zeros(0, grid, grid, dtype=torch.int64)]
     for pictures in batches:
         tokens, copies = reconstruct(dvae, pictures)
@@ -117,7 +117,7 @@ class CaptionLosses:
 
 @torch.no_grad()
 def measure_losses(
-    transformer: Transformer, text: Tensor, image: Tensor, rows: slice = slice(None)
+    transformer: TokenModel, text: Tensor, image: Tensor, rows: slice = slice(None)
 ) -> CaptionLosses:
     """Losses of M >= 1 captions (M, T) and image tokens (M, N), these also with captions half a set off.
 

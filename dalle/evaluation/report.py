@@ -91,7 +91,7 @@ def evaluate(
         + len(rankers) * n_ranked
         + ("judge" in rankers) * len(rows),
     )
-    reader = PictureReader(pipe.dvae.config.output_size)
+    reader = PictureReader(pipe.dvae.output_size)
 
     dvae_figures, transformer_figures = _model_figures(pipe, pairs, members, for_codes, reader, advance)
     tokens, seconds = draw(pipe, [pairs[row].captions[0] for row in rows], seed, advance)
@@ -211,7 +211,7 @@ def _model_figures(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The dVAE's figures over all splits and by split, and the transformer's by split."""
     dvae_by_split, losses_by_split = {}, {}
-    pooled = Reconstruction(pipe.dvae.config.n_codes, pipe.dvae.config.image_size)
+    pooled = Reconstruction(pipe.dvae.n_codes, pipe.dvae.image_size)
     for split, indices in members.items():
         measured, kept, tokens = _measured(pipe, pairs, indices, reader, advance)
         pooled += measured
@@ -230,7 +230,7 @@ def _model_figures(
     codes = {
         "codes_used": all_codes.codes_used,
         "perplexity": all_codes.perplexity,
-        "n_codes": pipe.dvae.config.n_codes,
+        "n_codes": pipe.dvae.n_codes,
         "n_pictures_for_codes": all_codes.n_pictures,
     }
     return {**_dvae_figures(pooled), **codes, "splits": dvae_by_split}, losses_by_split
