@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dalle.config import validate
 from dalle.generation.engine import Engine
-from dalle.generation.precision import as_dtype, default_dtype, dtype_name, held_dtype, threads
+from dalle.generation.precision import as_dtype, dtype_name, held_dtype, threads
 from dalle.generation.recipe import MAX_THREADS, Origin, Recipe
 from dalle.generation.request import GenerationOptions, ImageRequest, ModelDefaults, RequestFields
 from dalle.generation.rerank import CHUNK, Ranker
@@ -125,8 +125,8 @@ class DallePipeline:
         if dtype is not None:
             self._has_auto_dtype = dtype == "auto"
         if self._has_auto_dtype:
-            dtype = default_dtype(device)
-        target = self.dtype if dtype is None else as_dtype(dtype)
+            dtype = "auto"
+        target = self.dtype if dtype is None else as_dtype(dtype, device)
         held = held_dtype(target)
         if held.itemsize > held_dtype(self.dtype).itemsize and self._source is not None:
             transformer = self._load_transformer(held)

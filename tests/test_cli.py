@@ -451,11 +451,11 @@ def test_train_prints_the_model_folder_and_says_what_it_trains_on(
         (["--set", "dvae.image_size=30"], "image_size is 30; it must be a multiple of 8"),
         (
             ["--stages", "dvae,vqgan"],
-            "stage 'vqgan' is unknown: choose from tokenizer, dvae, transformer, clip",
+            "stage 'vqgan' is unknown: choose from tokenizer, dvae, decoder, transformer, clip",
         ),
         (["--init-from", "nowhere"], "--init-from nowhere: no such folder"),
         (["--device", "gpu"], "device 'gpu' is unknown"),
-        (["--dtype", "int8"], "dtype 'int8' is unknown: use auto, float32, bfloat16"),
+        (["--dtype", "int8"], "dtype int8 is for drawing only: use auto, float32 or bfloat16"),
     ],
 )
 def test_a_wrong_option_of_train_is_one_line(
