@@ -111,9 +111,6 @@ class RowsBar:
         return lambda done, total: self._bar.update(task, completed=done, total=total)
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()

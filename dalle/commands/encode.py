@@ -5,15 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dalle.commands.console import (
-    Device,
-    Json,
-    Model,
-    RowsBar,
-    launched,
-    log_to_stderr,
-    print_json,
-)
+from dalle.commands.console import Device, Json, Model, RowsBar, launched, log_to_stderr, print_json
 
 
 def encode(

@@ -32,10 +32,7 @@ def generate(
     guidance: Annotated[float | None, typer.Option(help=FIELDS["guidance"].help)] = None,
     image: Annotated[Path | None, typer.Option(help=FIELDS["image"].help)] = None,
     keep_rows: Annotated[int | None, typer.Option(help=FIELDS["keep_rows"].help)] = None,
-    mask: Annotated[
-        Path | None,
-        typer.Option(help=FIELDS["mask"].help),
-    ] = None,
+    mask: Annotated[Path | None, typer.Option(help=FIELDS["mask"].help)] = None,
     truncate: Annotated[bool, typer.Option(help=FIELDS["truncate"].help)] = False,
     dtype: Dtype = "auto",
     device: Device = None,

@@ -5,11 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dalle.commands.console import (
-    Json,
-    log_to_stderr,
-    print_folder,
-)
+from dalle.commands.console import Json, log_to_stderr, print_folder
 
 
 def import_checkpoint(

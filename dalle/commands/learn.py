@@ -6,15 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dalle.commands.console import (
-    Device,
-    Dtype,
-    Json,
-    launched,
-    log_to_stderr,
-    print_folder,
-    training_dtype,
-)
+from dalle.commands.console import Device, Dtype, Json, launched, log_to_stderr, print_folder, training_dtype
 
 
 def train(

@@ -4,11 +4,7 @@ from typing import Annotated
 
 import typer
 
-from dalle.commands.console import (
-    Json,
-    log_to_stderr,
-    print_json,
-)
+from dalle.commands.console import Json, log_to_stderr, print_json
 
 
 def plan(

@@ -5,12 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dalle.commands.console import (
-    Json,
-    RankerFolder,
-    log_to_stderr,
-    print_json,
-)
+from dalle.commands.console import Json, RankerFolder, log_to_stderr, print_json
 
 
 def rerank(

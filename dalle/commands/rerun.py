@@ -5,14 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dalle.commands.console import (
-    Json,
-    Model,
-    RowsBar,
-    device_named,
-    log_to_stderr,
-    print_json,
-)
+from dalle.commands.console import Json, Model, RowsBar, device_named, log_to_stderr, print_json
 
 
 def rerun(

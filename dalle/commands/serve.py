@@ -6,13 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dalle.commands.console import (
-    Device,
-    Dtype,
-    Model,
-    device_named,
-    log_to_stderr,
-)
+from dalle.commands.console import Device, Dtype, Model, device_named, log_to_stderr
 
 
 def serve(

@@ -20,13 +20,7 @@ from dalle.generation.batch import Batch, plan_batches
 from dalle.generation.completion import complete, region_to_draw, square_on_white
 from dalle.generation.engine import Engine, RowCallback, rows_that_pay
 from dalle.generation.precision import decode_threads, threads
-from dalle.generation.request import (
-    CaptionRequest,
-    ImageRequest,
-    ModelDefaults,
-    Truncation,
-    blaming,
-)
+from dalle.generation.request import CaptionRequest, ImageRequest, ModelDefaults, Truncation, blaming
 from dalle.generation.rerank import Ranker
 from dalle.image_tokenizer import ImageTokenizer
 from dalle.images import to_images, to_tensor

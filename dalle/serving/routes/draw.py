@@ -22,14 +22,7 @@ from dalle.generation.fields import FIELDS
 from dalle.generation.request import ImageRequest
 from dalle.images import grid
 from dalle.serving.errors import ServingError
-from dalle.serving.intake import (
-    accept,
-    count_candidates,
-    decode_base64,
-    read_json,
-    read_mask,
-    read_picture,
-)
+from dalle.serving.intake import accept, count_candidates, decode_base64, read_json, read_mask, read_picture
 from dalle.serving.job import Event, Failed, Job, Queued, RowDrawn, Settled, Started
 from dalle.serving.mailbox import EventStream, Mailbox
 from dalle.serving.schema import DrawBody, check
