@@ -10,8 +10,7 @@ from dalle.commands.console import Device, Json, RowsBar, device_named, log_to_s
 
 
 def inspect(
-    data: Annotated[str, typer.Argument(help="Any data set that `dalle train` reads.")],
-    as_json: Json = False,
+    data: Annotated[str, typer.Argument(help="Any data set that `dalle train` reads.")], as_json: Json = False
 ) -> None:
     """Print counts, picture sizes, caption lengths and problems."""
     log_to_stderr(as_json)
