@@ -451,7 +451,7 @@ def test_train_prints_the_model_folder_and_says_what_it_trains_on(
         (["--set", "dvae.image_size=30"], "image_size is 30; it must be a multiple of 8"),
         (
             ["--stages", "dvae,vqgan"],
-            "stage 'vqgan' is unknown: choose from tokenizer, dvae, transformer, clip",
+            "stage 'vqgan' is unknown: choose from tokenizer, dvae, decoder, transformer, clip",
         ),
         (["--init-from", "nowhere"], "--init-from nowhere: no such folder"),
         (["--device", "gpu"], "device 'gpu' is unknown"),

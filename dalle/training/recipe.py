@@ -249,8 +249,8 @@ def load_recipe(preset: str, settings: Sequence[str]) -> Recipe:
 def with_given(recipe: Recipe, folder: Path) -> tuple[Recipe, list[str]]:
     """The recipe with the sizes of the components in `folder`, and what that changes: "transformer.n_layers: 2 -> 6".
 
-    A run records what it uses, not what its settings asked for. Where stage decoder has settings, the sizes of the
-    decoder stay the recipe's.
+    A run records what it uses, not what its settings asked for. The sizes of the dVAE's own decoder are the recipe's:
+    stage decoder may train another one.
     """
     tree = recipe.model_dump()
     for name in ("tokenizer", "dvae", "transformer", "clip"):

@@ -109,7 +109,6 @@ def decoder_stage(run: Run, stages: tuple[str, ...]) -> DiscreteVAE:
     recipe, source, folder = run.recipe, tokens_folder(run), run.out / "dvae"
     assert recipe.decoder_training is not None
     config = validate(DVAEConfig, files.read_json(source / "config.json"), str(source / "config.json"))
-    tensors = weights.load_tensors(source / "model.safetensors")
     is_trained = run.given("dvae") is None or "decoder" in stages
     if "decoder" in run.records():
         is_trained = "given" not in run.records()["decoder"]["inputs"]
@@ -118,6 +117,7 @@ def decoder_stage(run: Run, stages: tuple[str, ...]) -> DiscreteVAE:
     inputs: dict[str, Any] = {"given": files.file_sha256(source / "model.safetensors")}
     if is_trained:
         wanted = config.drawing_as(recipe.dvae)
+        tensors = weights.load_tensors(source / "model.safetensors")
         encoder = {name: tensor for name, tensor in tensors.items() if name.startswith("encoder.")}
         inputs = {
             "model": wanted.model_dump(mode="json"),
