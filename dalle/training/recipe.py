@@ -97,7 +97,10 @@ class DecoderTraining(Optimization):
     feature_weight: float = Field(
         0.0, ge=0
     )  # of the distance in `dalle.training.perceptual`, beside L1 + MSE
-    token_noise: float = Field(0.0, ge=0, lt=1)  # share of tokens that become those of another picture
+    # Share of tokens that are wrong, and whose they are: another picture's at the same place, or what the transformer of
+    # --init-from draws there
+    token_noise: float = Field(0.0, ge=0, lt=1)
+    replaced_by: Literal["picture", "transformer"] = "picture"
     # The critic's share of the gradient (`dalle.training.critic`), and the update from which the decoder listens to it
     adversarial_share: float = Field(0.0, ge=0)
     adversarial_start: int = Field(0, ge=0)
