@@ -88,6 +88,8 @@ class DVAETraining(Optimization):
     temperature_steps: int = Field(1, ge=1)  # paper 150,000
     # Weight of the distance in `dalle.training.perceptual`: so that tokens carry meaning; paper: none
     feature_weight: float = Field(0.0, ge=0)
+    # What a pixel counts in a token's patch with ink, beside 1 in a blank one: most of an emoji is white; paper: 1
+    ink_weight: float = Field(1.0, gt=0)
 
 
 class DecoderTraining(Optimization):
