@@ -187,6 +187,13 @@ def logit_laplace_nll(mapped: Tensor, mu: Tensor, ln_b: Tensor) -> Tensor:
     return math.log(2) + ln_b + torch.log(mapped) + torch.log1p(-mapped) + error * torch.exp(-ln_b)
 
 
+def _mean(values: Tensor, pixel_weights: Tensor | None) -> Tensor:
+    """The mean of values (B, 3, H, W), with a weight for each pixel (B, 1, H, W) where there are any."""
+    if pixel_weights is None:
+        return values.mean()
+    return (values * pixel_weights).mean() / pixel_weights.mean()
+
+
 # --- the two quantizers ---
 
 
@@ -528,6 +535,7 @@ class DiscreteVAE(nn.Module):
         kl_weight: float,
         generator: torch.Generator | None,
         distance: Callable[[Tensor, Tensor], Tensor] | None = None,
+        pixel_weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Negative ELBO of images (B, 3, H, W) in [0, 1], nats per sub-pixel, and its parts (App. A.2).
 
@@ -535,7 +543,8 @@ class DiscreteVAE(nn.Module):
         The metrics, all detached: `reconstruction` (per sub-pixel), `kl` (nats per cell; 0 for FSQ), `mse` of
         the training path in [0, 1], `perplexity` of the code use within this batch (1 to K).
         `temperature`, `kl_weight` and `generator` concern the gumbel quantizer only. `distance` of the
-        reconstructions from the images is added, and a metric too (differs: the paper has its likelihood alone).
+        reconstructions from the images is added, and a metric too; `pixel_weights` (B, 1, H, W) say what each pixel
+        counts in the reconstruction's mean (differs: the paper has its likelihood alone, and all pixels count alike).
         A decoder that draws more pixels than the encoder reads is no part of this bound: see
         `dalle.training.decoder`.
         """
@@ -552,7 +561,7 @@ class DiscreteVAE(nn.Module):
             kl = kl_to_uniform(latents).mean()
             code_use = torch.softmax(latents.detach().float(), dim=1).mean(dim=(0, 2, 3))
         with torch.autocast(images.device.type, enabled=False):
-            reconstruction = self._reconstruction(images.float(), out.float())
+            reconstruction = self._reconstruction(images.float(), out.float(), pixel_weights)
             n_cells, n_subpixels = latents.shape[-1] * latents.shape[-2], images[0].numel()
             total = reconstruction + kl_weight * kl * n_cells / n_subpixels
             mse = F.mse_loss(self.pixels(out.detach()), images.float())
@@ -580,14 +589,13 @@ class DiscreteVAE(nn.Module):
         latents: Tensor = self.encoder.blocks(map_pixels(images))
         return latents
 
-    def _reconstruction(self, images: Tensor, out: Tensor) -> Tensor:
+    def _reconstruction(self, images: Tensor, out: Tensor, pixel_weights: Tensor | None) -> Tensor:
         mu, ln_b = out.chunk(2, dim=1)  # (B, 3, H, W) each
         if self.config.likelihood == "logit_laplace":
-            return logit_laplace_nll(
-                map_pixels(images), mu, ln_b.clamp(self.config.min_ln_b, MAX_LN_B)
-            ).mean()
+            ln_b = ln_b.clamp(self.config.min_ln_b, MAX_LN_B)
+            return _mean(logit_laplace_nll(map_pixels(images), mu, ln_b), pixel_weights)
         error = relaxed_pixels(out) - images
-        return error.square().mean() + L1_WEIGHT * error.abs().mean()
+        return _mean(error.square(), pixel_weights) + L1_WEIGHT * _mean(error.abs(), pixel_weights)
 
     @staticmethod
     def pixels(out: Tensor) -> Tensor:

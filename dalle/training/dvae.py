@@ -6,10 +6,12 @@ Shapes: B batch, H and W picture sides in pixels, G grid side.
 import torch
 from PIL.Image import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from dalle import images
 from dalle.data.pairs import BadSampleLog, Pair
-from dalle.dvae import DiscreteVAE
+from dalle.dvae import DOWNSAMPLING, DiscreteVAE
+from dalle.evaluation.metrics import INK_BELOW
 from dalle.evaluation.protocols import measure_reconstruction, reconstruct
 from dalle.evaluation.sheets import pairs_sheet, spread
 from dalle.training.optim import half_cosine
@@ -80,6 +82,7 @@ class DVAEStage:
             kl_weight=half_cosine(step, 0.0, settings.kl_weight, settings.kl_steps),
             generator=generator,
             distance=None if self._features is None else self._distance,
+            pixel_weights=None if settings.ink_weight == 1 else ink_weights(batch, settings.ink_weight),
         )
         return loss * self.world.weight(len(batch)), metrics  # unreadable pictures make parts unequal
 
@@ -98,3 +101,10 @@ class DVAEStage:
         """Held-out pictures, each above its reconstruction from hard tokens."""
         originals = self.held_out[spread(range(len(self.held_out)), SHEET_PICTURES)]
         return pairs_sheet(originals, reconstruct(self.model, originals)[1])
+
+
+def ink_weights(pictures: Tensor, weight: float) -> Tensor:
+    """`weight` for the pixels of each token's patch of pictures (B, 3, H, W) that has ink, 1 elsewhere: (B, 1, H, W)."""
+    is_ink = (pictures.amin(dim=1, keepdim=True) * 255 < INK_BELOW).float()  # (B, 1, H, W)
+    patches = F.max_pool2d(is_ink, DOWNSAMPLING)  # (B, 1, G, G)
+    return 1 + (weight - 1) * F.interpolate(patches, scale_factor=DOWNSAMPLING)

@@ -88,6 +88,8 @@ class DVAETraining(Optimization):
     temperature_steps: int = Field(1, ge=1)  # paper 150,000
     # Weight of the distance in `dalle.training.perceptual`: so that tokens carry meaning; paper: none
     feature_weight: float = Field(0.0, ge=0)
+    # What a pixel counts in a token's patch with ink, beside 1 in a blank one: most of an emoji is white; paper: 1
+    ink_weight: float = Field(1.0, gt=0)
 
 
 class DecoderTraining(Optimization):
@@ -97,7 +99,10 @@ class DecoderTraining(Optimization):
     feature_weight: float = Field(
         0.0, ge=0
     )  # of the distance in `dalle.training.perceptual`, beside L1 + MSE
-    token_noise: float = Field(0.0, ge=0, lt=1)  # share of tokens that become those of another picture
+    # Share of tokens that are wrong, and whose they are: another picture's at the same place, or what the transformer of
+    # --init-from draws there
+    token_noise: float = Field(0.0, ge=0, lt=1)
+    replaced_by: Literal["picture", "transformer"] = "picture"
     # The critic's share of the gradient (`dalle.training.critic`), and the update from which the decoder listens to it
     adversarial_share: float = Field(0.0, ge=0)
     adversarial_start: int = Field(0, ge=0)
@@ -249,8 +254,8 @@ def load_recipe(preset: str, settings: Sequence[str]) -> Recipe:
 def with_given(recipe: Recipe, folder: Path) -> tuple[Recipe, list[str]]:
     """The recipe with the sizes of the components in `folder`, and what that changes: "transformer.n_layers: 2 -> 6".
 
-    A run records what it uses, not what its settings asked for. Where stage decoder has settings, the sizes of the
-    decoder stay the recipe's.
+    A run records what it uses, not what its settings asked for. The sizes of the dVAE's own decoder are the recipe's:
+    stage decoder may train another one.
     """
     tree = recipe.model_dump()
     for name in ("tokenizer", "dvae", "transformer", "clip"):

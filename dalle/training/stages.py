@@ -25,6 +25,7 @@ from dalle.training.loop import Stage, train_stage
 from dalle.training.recipe import DistributedConfig, clip_config, transformer_config
 from dalle.training.run import Run
 from dalle.training.transformer import Sequences, TransformerStage
+from dalle.training.wrong_tokens import Source, TransformerDraws, of_another_picture
 from dalle.transformer import Transformer
 
 logger = logging.getLogger(__name__)
@@ -104,12 +105,12 @@ def dvae_stage(run: Run) -> DiscreteVAE:
 def decoder_stage(run: Run, stages: tuple[str, ...]) -> DiscreteVAE:
     """Train the decoder that the recipe's [dvae] describes for the tokens of stage dvae, or take over a given one.
 
-    A given dVAE is taken over whole, unless its decoder has other sizes or `stages` names the decoder without the dvae.
+    A given dVAE is taken over whole, unless its decoder has other sizes or `stages` names the decoder without the dvae:
+    then one of the same sizes is trained on.
     """
     recipe, source, folder = run.recipe, tokens_folder(run), run.out / "dvae"
     assert recipe.decoder_training is not None
     config = validate(DVAEConfig, files.read_json(source / "config.json"), str(source / "config.json"))
-    tensors = weights.load_tensors(source / "model.safetensors")
     is_trained = run.given("dvae") is None or "decoder" in stages
     if "decoder" in run.records():
         is_trained = "given" not in run.records()["decoder"]["inputs"]
@@ -118,6 +119,7 @@ def decoder_stage(run: Run, stages: tuple[str, ...]) -> DiscreteVAE:
     inputs: dict[str, Any] = {"given": files.file_sha256(source / "model.safetensors")}
     if is_trained:
         wanted = config.drawing_as(recipe.dvae)
+        tensors = weights.load_tensors(source / "model.safetensors")
         encoder = {name: tensor for name, tensor in tensors.items() if name.startswith("encoder.")}
         inputs = {
             "model": wanted.model_dump(mode="json"),
@@ -125,21 +127,46 @@ def decoder_stage(run: Run, stages: tuple[str, ...]) -> DiscreteVAE:
             "encoder": weights.tensors_sha256(encoder),
             "data": run.pairs.fingerprint,
         }
+        own = {name: tensor for name, tensor in tensors.items() if name.startswith("decoder.")}
+        if run.given("dvae") is not None and config.draws_as(wanted):
+            inputs["continued"] = weights.tensors_sha256(own)
+        else:
+            own = {}
+        if recipe.decoder_training.replaced_by == "transformer":
+            inputs["transformer"] = _file_hash(_drawing_transformer(run) / "model.safetensors")
     if not run.finished("decoder", inputs, _file_hash(folder / "model.safetensors")):
         if is_trained:
-            _train_decoder(run, wanted, encoder, inputs)
+            _train_decoder(run, wanted, encoder, own, inputs)
         else:
             _keep(run, "decoder", source, folder)
     return DiscreteVAE.from_pretrained(folder).to(run.device).eval()
 
 
-def _train_decoder(run: Run, wanted: DVAEConfig, encoder: dict[str, Tensor], inputs: dict[str, Any]) -> None:
+def _drawing_transformer(run: Run) -> Path:
+    folder = run.given("transformer")
+    if folder is None:
+        raise ValueError(
+            "decoder_training.replaced_by is transformer, and none is given: name a model with one by --init-from, or set "
+            "it to picture"
+        )
+    return folder
+
+
+def _train_decoder(
+    run: Run, wanted: DVAEConfig, encoder: dict[str, Tensor], own: dict[str, Tensor], inputs: dict[str, Any]
+) -> None:
+    """Train it from `own` weights, which may be those of a given one; from random ones if there are none."""
     recipe, folder = run.recipe, run.out / "dvae"
     assert recipe.decoder_training is not None
     torch.manual_seed(recipe.seed)
     model = DiscreteVAE(wanted).to(run.device)
-    own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("decoder.")}
-    weights.load_strict(model, own | encoder, "dvae")
+    weights.load_strict(model, model.state_dict() | encoder | own, "dvae")
+    wrong: Source = of_another_picture
+    if recipe.decoder_training.replaced_by == "transformer":
+        tokenizer = Tokenizer.from_pretrained(run.out / "tokenizer")
+        transformer = Transformer.from_pretrained(_drawing_transformer(run)).float().to(run.device)
+        check_fit(tokenizer, model, transformer)
+        wrong = TransformerDraws(transformer, tokenizer, run.train)
     stage = DecoderStage(
         model,
         recipe.decoder_training,
@@ -149,6 +176,7 @@ def _train_decoder(run: Run, wanted: DVAEConfig, encoder: dict[str, Tensor], inp
         seed=recipe.seed,
         balance=recipe.balance,
         world=run.world,
+        wrong=wrong,
     )
     # Several megabytes: each process can hold all of it, whatever the transformer needs.
     whole = recipe.distributed.model_copy(update={"mode": "ddp", "shard_size": None})
