@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from dalle.commands import data, draw, evaluate, learn, rank
+from dalle.commands import data, draw, evaluate, finetune, learn, rank
 
 app = typer.Typer(
     name="dalle",
@@ -19,6 +19,7 @@ app.add_typer(data_app, name="data")
 
 app.command()(draw.generate)
 app.command()(learn.train)
+app.command()(finetune.finetune)
 app.command()(learn.encode)
 app.command()(evaluate.evaluate)
 app.command()(draw.rerun)
