@@ -88,7 +88,8 @@ def main() -> None:
         "train", data / "known", scratch, "--preset", "laptop", *settings_of_scratch(tuned, seconds)
     )
     gallery = thumbnails(pictures)
-    marks = {name: mark_draws(folder, gallery, arguments.draws) for name, folder in (("finetuned", tuned), ("scratch", scratch))}  # fmt: skip
+    models = {"finetuned": tuned, "scratch": scratch}
+    marks = {name: mark_draws(folder, gallery, arguments.draws) for name, folder in models.items()}
     marks["copy"] = mark_copies(gallery)
     gain = marks["finetuned"].both - marks["scratch"].both
     found: dict[str, Any] = {
