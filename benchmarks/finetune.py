@@ -75,7 +75,7 @@ def main() -> None:
     arguments = parser.parse_args()
     out, base = arguments.out, model_folder(arguments.base)
     data, tuned, scratch = out / "sprites", out / "tuned", out / "scratch"
-    size = DiscreteVAE.from_pretrained(base / "dvae").config.image_size
+    size = DiscreteVAE.from_pretrained(base / "dvae").config.output_size
     pictures = images.to_tensor([images.center_crop(draw_sprite(*sprite), size) for sprite in SPRITES])
     before = psnr(base, pictures)
     if before > MAX_BEFORE_DB:
@@ -139,7 +139,7 @@ def settings_of_scratch(tuned: Path, seconds: float) -> list[str]:
 def psnr(model: Path, pictures: Tensor) -> float:
     """Of pictures (B, 3, H, W) through a model's dVAE, dB."""
     dvae = DiscreteVAE.from_pretrained(model / "dvae")
-    found = measure_reconstruction(dvae, torch.split(pictures, 32))[0].psnr
+    found = measure_reconstruction(dvae, torch.split(pictures, 32))[0].seen.psnr
     assert found is not None  # there are pictures
     return found
 

@@ -170,6 +170,8 @@ def recipe_for(base: Path, n_train: int, settings: Sequence[str] = ()) -> Recipe
         changed = differences({part: given}, {part: chosen[part]})
         if changed:
             raise ValueError(f"the given {part} cannot be changed ({changed[0]}): leave the setting out")
+    if "clip_training" in chosen and "clip_training" not in tree:
+        raise ValueError("clip_training has no effect: the given model has no CLIP that can be trained on")
     for stage in DEFAULTS:
         if isinstance(chosen.get(stage), dict):
             chosen[stage] = _with_length(chosen[stage], n_train, stage)
