@@ -17,7 +17,7 @@ from dalle import files, images, weights
 from dalle.config import load_preset, override, validate
 from dalle.data.shapes import write_shapes
 from dalle.dvae import DiscreteVAE, DVAEConfig
-from dalle.generation.options import GenerationOptions
+from dalle.generation.request import ModelDefaults
 from dalle.model_folder import write_index
 from dalle.pipeline import DallePipeline
 from dalle.training.finetune import DEFAULTS, finetune, is_worth_training, own_psnr, recipe_for
@@ -116,7 +116,7 @@ def without_clip(base: Path) -> Path:
     """The same model without its CLIPs, whose settings do not concern it."""
     for name in ("clip", "judge"):
         shutil.rmtree(base / name)
-    write_index(base, GenerationOptions())
+    write_index(base, ModelDefaults())
     return base
 
 
@@ -217,7 +217,7 @@ def test_a_decoder_that_draws_more_pixels_than_the_encoder_reads_goes_on(
     }
     torch.manual_seed(0)
     DiscreteVAE(validate(DVAEConfig, config, "test")).save_pretrained(copy / "dvae")
-    write_index(copy, GenerationOptions())
+    write_index(copy, ModelDefaults())
     out = run(data, tmp_path / "model", copy)
     assert files.read_json(out / "dvae" / "config.json")["output_size"] == 64
     assert DallePipeline.from_pretrained(out)("a red circle").images[0].size == (64, 64)
@@ -340,7 +340,7 @@ def test_a_finished_run_is_left_as_it_is_and_other_settings_or_another_base_are_
     torch.manual_seed(5)
     for component in ("clip", "judge"):
         shutil.rmtree(copy / component)
-    write_index(copy, GenerationOptions(guidance=2.5))
+    write_index(copy, ModelDefaults(guidance=2.5))
     with pytest.raises(ValueError, match="begun with other settings or data"):
         run(data, out, copy)
 
@@ -361,7 +361,7 @@ def test_the_card_inherits_licence_and_attribution_and_shows_sheets_figures_and_
     tuned: Path,
 ) -> None:
     card = ModelCard.load(tuned / "README.md")
-    metadata = card.data.to_dict()  # type: ignore[no-untyped-call]
+    metadata = card.data.to_dict()
     assert metadata["license"] == "apache-2.0" and metadata["tags"] == ["tiny"]
     assert metadata["base_model"] == "owner/base" and metadata["base_model_relation"] == "finetune"
     text = card.text

@@ -8,6 +8,7 @@ then reads tokens made with the new one. Components that are not trained are kep
 OUT/finetune.json    the figures before and after, and what the model came from
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,13 @@ from dalle.evaluation.sheets import spread
 from dalle.manifest import VerifiedFolder
 from dalle.model_folder import COMPONENTS, read_index
 from dalle.training import train
-from dalle.training.finetune_report import report
+from dalle.training.finetune_report import report, validations
 from dalle.training.pictures import load_all
 from dalle.training.processes import ALONE, World
 from dalle.training.recipe import CLIPShape, Recipe, TransformerShape
 from dalle.training.run import CONTINUED, Run
 
+logger = logging.getLogger(__name__)
 N_MEASURED = 256  # pictures, the held-out ones first
 WORTH_DB = 0.5  # a dVAE that shows the pictures worse than its own by more than this is trained on
 BATCH = 32
@@ -222,7 +224,7 @@ def _only(config: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any
 
 def _stored_dtype(base: Path) -> str:
     """How the given transformer is stored: so will the new one be."""
-    tensors = weights.load_tensors(base / "transformer" / "model.safetensors")
+    tensors = weights.load_header(base / "transformer" / "model.safetensors")
     is_small = any(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
     return "bfloat16" if is_small else "float32"
 
@@ -244,15 +246,13 @@ def own_psnr(base: Path) -> float | None:
 
     Read from what `dalle evaluate` or `dalle finetune` left there, or else from its run.
     """
-    evaluated, tuned = base / "evaluation.json", base / "finetune.json"
-    if evaluated.is_file():
-        return round(float(files.read_json(evaluated)["dvae"]["psnr"]), 2)
-    if tuned.is_file():
-        return round(float(files.read_json(tuned)["dvae"]["psnr_after"]), 2)
-    from dalle.training.finetune_report import validations
-
-    found = validations(base / "run", "dvae")
-    return round(float(found[-1]["validation_psnr"]), 2) if found else None
+    for file, figure in (("evaluation.json", "psnr"), ("finetune.json", "psnr_after")):
+        report = files.read_json(base / file) if (base / file).is_file() else {}
+        found = report.get("dvae", {}).get(figure)
+        if found is not None:
+            return round(float(found), 2)
+    rows = validations(base / "run", "dvae")
+    return round(float(rows[-1]["validation_psnr"]), 2) if rows else None
 
 
 def is_worth_training(psnr: float, own: float | None) -> bool:
@@ -261,10 +261,6 @@ def is_worth_training(psnr: float, own: float | None) -> bool:
 
 
 def _say_psnr(psnr: float, own: float | None, pays: bool) -> None:
-    import logging
-
     beside = f"{own:.1f} on its own" if own is not None else "what it reached on its own is not recorded"
     what = "it is trained on" if pays else "it is kept as it is"
-    logging.getLogger(__name__).info(
-        "PSNR of your pictures through this dVAE: %.1f dB (%s); %s", psnr, beside, what
-    )
+    logger.info("PSNR of your pictures through this dVAE: %.1f dB (%s); %s", psnr, beside, what)

@@ -1,6 +1,7 @@
 """What a fine-tuned model shows: sheets before and after, figures before and after, and a card with them."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from dalle.training.pictures import load_all
 from dalle.training.run import Run
 from dalle.transformer import Transformer
 
+logger = logging.getLogger(__name__)
 N_RECONSTRUCTIONS, N_DRAWS, COLUMNS = 8, 16, 8
 RECONSTRUCTIONS, DRAWS = "reconstructions.png", "draws.png"
 MIN_SIDE = 128  # pixels that a picture of a sheet has at least, or a multiple that is near
@@ -34,6 +36,9 @@ def report(run: Run, before: dict[str, Any]) -> None:
     pairs, pictures = load_all(shown[:N_DRAWS], lambda pair: _square(run, pair), run.bad)
     _save(_reconstructions(run, pictures[:N_RECONSTRUCTIONS]), run.out / RECONSTRUCTIONS)
     _save(_draws(run, pairs, pictures), run.out / DRAWS)
+    for line in _said(figures):
+        logger.info("on %d held-out pictures: %s", len(run.held_out), line)
+    logger.info("sheets: %s and %s", run.out / RECONSTRUCTIONS, run.out / DRAWS)
     write_card(run, "finetune", [*_table(figures), *_sheets(run, pairs)])
 
 
@@ -93,21 +98,28 @@ def _kept(run: Run, stage: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
     return rows[0], best
 
 
+def _rows(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What was measured, its figure before, and after."""
+    dvae = figures["dvae"]
+    rows = [("PSNR through the dVAE, dB", f"{dvae['psnr_before']:.1f}", f"{dvae['psnr_after']:.1f}")]
+    for stage, (name, words, unit, _) in FIGURES.items():
+        if stage in figures:
+            before, after = (figures[stage][f"{name}_{when}"] for when in ("before", "after"))
+            rows.append((f"{words}, {unit}", f"{before:.2f}", f"{after:.2f}"))
+    return rows
+
+
+def _said(figures: dict[str, Any]) -> list[str]:
+    return [f"{what}: {before} before, {after} after" for what, before, after in _rows(figures)]
+
+
 def _table(figures: dict[str, Any]) -> list[str]:
-    n, dvae = figures["n_held_out"], figures["dvae"]
-    lines = [
-        f"## Figures on {n} held-out pictures",
+    return [
+        f"## Figures on {figures['n_held_out']} held-out pictures",
         "",
         "| what | before | after |",
         "|---|---|---|",
-        f"| PSNR through the dVAE, dB | {dvae['psnr_before']:.1f} | {dvae['psnr_after']:.1f} |",
-    ]
-    for stage, (name, words, unit, _) in FIGURES.items():
-        if stage in figures:
-            pair = figures[stage]
-            lines.append(f"| {words}, {unit} | {pair[f'{name}_before']:.2f} | {pair[f'{name}_after']:.2f} |")
-    return [
-        *lines,
+        *(f"| {what} | {before} | {after} |" for what, before, after in _rows(figures)),
         "",
         "Before: the given weights; those of transformer and CLIP with the new dVAE's tokens.",
         "",
