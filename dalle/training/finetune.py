@@ -106,7 +106,7 @@ def finetune(
     _refuse_incomplete(base)
     VerifiedFolder(base)  # every file as its manifest says
     with train.locked(out, world):
-        identity = train.init_identity(base, out)
+        given = train.init_identity(base, out, "--from")
         pairs = train.read(data)
         learned, held_out = train.split(data, pairs)
         recipe = recipe_for(base, len(learned), settings)
@@ -116,19 +116,11 @@ def finetune(
         before = files.read_json(begun).get("finetune") if begun.is_file() else None
         if before is None:
             dvae = DiscreteVAE.from_pretrained(base / "dvae").to(device)
-            chosen = [*held_out, *spread(learned, N_MEASURED)][:N_MEASURED]
-            before = {"base": name, "psnr": measured_psnr(dvae, chosen, bad), "own_psnr": own_psnr(base)}
-        config = {
-            "recipe": recipe.identity(),
-            "data": pairs.fingerprint,
-            "dtype": str(dtype).removeprefix("torch."),
-            "init_from": identity,
-            "finetune": before,
-        }
+            psnr = measured_psnr(dvae, [*held_out, *spread(learned, N_MEASURED)][:N_MEASURED], bad)
+            before = {"base": name, "psnr": psnr, "own_psnr": own_psnr(base)}
+        config = train.identity(recipe, pairs, dtype, given) | {"finetune": before}
         train.refuse_other_settings(out, config, world)
-        pays = is_worth_training(before["psnr"], before["own_psnr"])
-        _say_psnr(before["psnr"], before["own_psnr"], pays)
-        stages = ("tokenizer", *(["dvae"] if pays else []), "transformer", *(["clip"] if recipe.clip else []))
+        continued = CONTINUED | ({"dvae"} if _pays(before["psnr"], before["own_psnr"]) else set())
         run = Run(
             out,
             recipe,
@@ -142,13 +134,17 @@ def finetune(
             base,
             quiet,
             world,
-            stages,
+            stages=tuple(s for s in train.STAGES if s == "tokenizer" or s in continued & _trainable(recipe)),
             base=name,
-            continued=CONTINUED | {"dvae"} if pays else CONTINUED,
+            continued=continued,
         )
         train.train_stages(run)
         train.finish(run, lambda run: report(run, before))
     return out
+
+
+def _trainable(recipe: Recipe) -> set[str]:
+    return {"dvae", "transformer"} | ({"clip"} if recipe.clip is not None else set())
 
 
 def recipe_for(base: Path, n_train: int, settings: Sequence[str] = ()) -> Recipe:
@@ -260,7 +256,13 @@ def is_worth_training(psnr: float, own: float | None) -> bool:
     return own is None or psnr < own - WORTH_DB
 
 
-def _say_psnr(psnr: float, own: float | None, pays: bool) -> None:
-    beside = f"{own:.1f} on its own" if own is not None else "what it reached on its own is not recorded"
-    what = "it is trained on" if pays else "it is kept as it is"
-    logger.info("PSNR of your pictures through this dVAE: %.1f dB (%s); %s", psnr, beside, what)
+def _pays(psnr: float, own: float | None) -> bool:
+    """Say what was measured and what follows from it."""
+    is_worth = is_worth_training(psnr, own)
+    logger.info(
+        "PSNR of your pictures through this dVAE: %.1f dB (%s); %s",
+        psnr,
+        "what it reached on its own is not recorded" if own is None else f"{own:.1f} on its own",
+        "it is trained on" if is_worth else "it is kept as it is",
+    )
+    return is_worth

@@ -73,13 +73,9 @@ def train(
             logger.warning("settings that the given parts decide: %s", "; ".join(changed))
     stages = _with_settings(recipe, stages)
     with locked(out, world):
-        config = {
-            "recipe": recipe.identity(),
-            "dtype": str(dtype).removeprefix("torch."),
-            "init_from": init_identity(init_from, out),
-        }
+        given = init_identity(init_from, out)
         pairs = read(data)
-        refuse_other_settings(out, config | {"data": pairs.fingerprint}, world)
+        refuse_other_settings(out, identity(recipe, pairs, dtype, given), world)
         learned, held_out = split(data, pairs)
         bad = log_of_bad(out, pairs, world)
         run = Run(
@@ -219,6 +215,16 @@ def log_of_bad(out: Path, pairs: PairSet, world: World) -> BadSampleLog:
     return bad
 
 
+def identity(recipe: Recipe, pairs: PairSet, dtype: torch.dtype, given: dict[str, str]) -> dict[str, Any]:
+    """Return everything that decides a run's weights, for its config.json."""
+    return {
+        "recipe": recipe.identity(),
+        "data": pairs.fingerprint,
+        "dtype": str(dtype).removeprefix("torch."),
+        "init_from": given,
+    }
+
+
 def refuse_other_settings(out: Path, config: dict[str, Any], world: World) -> None:
     """Note what a new run is made from; ValueError when the folder's was begun with anything else."""
     with world.main_first():
@@ -241,15 +247,15 @@ def _refuse_other_settings(path: Path, config: dict[str, Any], out: Path) -> Non
         files.write_json(path, config)
 
 
-def init_identity(init_from: Path | None, out: Path) -> dict[str, str]:
+def init_identity(init_from: Path | None, out: Path, option: str = "--init-from") -> dict[str, str]:
     """The hashes of the components in `init_from`, so that a resume notices another one."""
     if init_from is None:
         return {}
     if not init_from.is_dir():
-        raise ValueError(f"--init-from {init_from}: no such folder")
+        raise ValueError(f"{option} {init_from}: no such folder")
     if init_from.resolve() == out.resolve():
         raise ValueError(
-            f"--init-from {init_from} is --out as well, and would be overwritten: choose another --out"
+            f"{option} {init_from} is --out as well, and would be overwritten: choose another --out"
         )
     names = {
         name: "tokenizer.json" if name == "tokenizer" else "model.safetensors" for name in (*STAGES, "judge")
@@ -260,7 +266,7 @@ def init_identity(init_from: Path | None, out: Path) -> dict[str, str]:
         if (init_from / name / file).is_file()
     }
     if not found:
-        raise ValueError(f"--init-from {init_from}: holds no tokenizer, dvae, transformer or clip folder")
+        raise ValueError(f"{option} {init_from}: holds no tokenizer, dvae, transformer or clip folder")
     return found
 
 
