@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from sprites import COLOURS, OBJECTS, draw_sprite, is_unseen, write_sprites
+from sprites import COLOURS, OBJECTS, SIZE, draw_sprite, is_unseen, write_sprites
 from torch import Tensor
 
 from dalle import images
@@ -30,6 +30,7 @@ from dalle.dvae import DiscreteVAE
 from dalle.evaluation.metrics import thumbnails
 from dalle.evaluation.protocols import measure_reconstruction
 from dalle.evaluation.zero_shot import r_precision
+from dalle.generation.precision import has_native_bfloat16
 from dalle.generation.rerank import Ranker
 from dalle.model_folder import model_folder
 from dalle.pipeline import DallePipeline
@@ -37,6 +38,10 @@ from dalle.training.finetune_report import validations
 
 MAX_BEFORE_DB = 18.0  # a dVAE that is better on the sprites has little to learn
 TARGETS = {"psnr_after": 24.0, "colour": 0.90, "object": 0.70}  # at least
+MAX_SECONDS = {
+    True: 20 * 60,
+    False: 60 * 60,
+}  # of the fine-tuning on two cores, with native bfloat16 and without
 SPRITES = [(thing, colour) for thing in OBJECTS for colour in COLOURS]
 UNSEEN = [place for place, sprite in enumerate(SPRITES) if is_unseen(*sprite)]
 CAPTIONS = [f"a {colour} {thing}" for thing, colour in SPRITES]
@@ -75,9 +80,7 @@ def main() -> None:
     arguments = parser.parse_args()
     out, base = arguments.out, model_folder(arguments.base)
     data, tuned, scratch = out / "sprites", out / "tuned", out / "scratch"
-    size = DiscreteVAE.from_pretrained(base / "dvae").config.output_size
-    pictures = images.to_tensor([images.center_crop(draw_sprite(*sprite), size) for sprite in SPRITES])
-    before = psnr(base, pictures)
+    before = psnr(base, SPRITES)
     if before > MAX_BEFORE_DB:
         raise SystemExit(
             f"the dVAE of {base.name} shows the sprites at {before:.1f} dB: above {MAX_BEFORE_DB:g}"
@@ -87,18 +90,19 @@ def main() -> None:
     scratch_seconds = run(
         "train", data / "known", scratch, "--preset", "laptop", *settings_of_scratch(tuned, seconds)
     )
-    gallery = thumbnails(pictures)
+    gallery = thumbnails(pictures_of(SPRITES, SIZE))
     models = {"finetuned": tuned, "scratch": scratch}
     marks = {name: mark_draws(folder, gallery, arguments.draws) for name, folder in models.items()}
+    unseen = [SPRITES[place] for place in UNSEEN]
     marks["copy"] = mark_copies(gallery)
     gain = marks["finetuned"].both - marks["scratch"].both
     found: dict[str, Any] = {
         "seconds": round(seconds),
         "scratch_seconds": round(scratch_seconds),
         "threads": torch.get_num_threads(),
-        "psnr_before": before,
-        "psnr_after": psnr(tuned, pictures[UNSEEN]),
-        "psnr_scratch": psnr(scratch, pictures[UNSEEN]),
+        "psnr_before": psnr(base, unseen),
+        "psnr_after": psnr(tuned, unseen),
+        "psnr_scratch": psnr(scratch, unseen),
         **{name: mark.figures() for name, mark in marks.items()},
         "gain_over_scratch": {"both": float(gain.mean()), "standard_error": standard_error(gain)},
         "r_precision": {"before": precision(base), "after": precision(tuned), "chance": 1 / len(SPRITES)},
@@ -127,7 +131,7 @@ def settings_of_scratch(tuned: Path, seconds: float) -> list[str]:
     all of its stages took."""
     rows = {stage: validations(tuned / "run", stage)[-1] for stage in ("dvae", "transformer")}
     factor = seconds / sum(row["seconds"] for row in rows.values())
-    options = ["--stages", "tokenizer,dvae,transformer"]
+    options = ["--stages", "tokenizer,dvae,decoder,transformer"]
     for stage, row in rows.items():
         steps = round(row["step"] * factor)
         every = {"warmup_steps": max(1, steps // 20), "validate_every": steps, "checkpoint_every": steps}
@@ -136,9 +140,15 @@ def settings_of_scratch(tuned: Path, seconds: float) -> list[str]:
     return options
 
 
-def psnr(model: Path, pictures: Tensor) -> float:
-    """Of pictures (B, 3, H, W) through a model's dVAE, dB."""
+def pictures_of(sprites: list[tuple[str, str]], side: int) -> Tensor:
+    """Sprites as pictures (B, 3, side, side) in [0, 1]."""
+    return images.to_tensor([images.center_crop(draw_sprite(*sprite), side) for sprite in sprites])
+
+
+def psnr(model: Path, sprites: list[tuple[str, str]]) -> float:
+    """Of sprites through a model's dVAE, dB."""
     dvae = DiscreteVAE.from_pretrained(model / "dvae")
+    pictures = pictures_of(sprites, dvae.config.output_size)
     found = measure_reconstruction(dvae, torch.split(pictures, 32))[0].seen.psnr
     assert found is not None  # there are pictures
     return found
@@ -185,8 +195,7 @@ def precision(model: Path) -> float | None:
     if not (model / "clip").is_dir():
         return None
     ranker = Ranker.from_pretrained(model)
-    side = ranker.clip.config.image_size
-    pictures = images.to_tensor([images.center_crop(draw_sprite(*SPRITES[place]), side) for place in UNSEEN])
+    pictures = pictures_of([SPRITES[place] for place in UNSEEN], ranker.clip.config.image_size)
     others = [[place, *(other for other in range(len(SPRITES)) if other != place)] for place in UNSEEN]
     return r_precision(ranker.encode_pictures(pictures), ranker.encode_captions(CAPTIONS), others)
 
@@ -200,6 +209,9 @@ def missed(found: dict[str, Any]) -> list[str]:
     failures = [
         f"{name} {reached[name]:.3g} < {least:g}" for name, least in TARGETS.items() if reached[name] < least
     ]
+    limit = MAX_SECONDS[has_native_bfloat16(torch.device("cpu"))]
+    if found["seconds"] > limit:
+        failures.append(f"seconds {found['seconds']} > {limit}")
     gain = found["gain_over_scratch"]
     if gain["both"] < 2 * gain["standard_error"]:
         failures.append(

