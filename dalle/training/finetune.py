@@ -54,7 +54,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "crop": "near",
     },
     "transformer_training": {
-        "epochs": 120,
+        "epochs": 160,
         "batch_size": 64,
         "learning_rate": 1e-3,
         "final_learning_rate": 1e-5,
