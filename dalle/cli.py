@@ -10,6 +10,7 @@ from dalle.commands import (
     data,
     encode,
     evaluate,
+    finetune,
     generate,
     import_,
     learn,
@@ -31,6 +32,7 @@ app.add_typer(data_app, name="data")
 
 app.command()(generate.generate)
 app.command()(learn.train)
+app.command()(finetune.finetune)
 app.command()(encode.encode)
 app.command()(evaluate.evaluate)
 app.command()(rerun.rerun)

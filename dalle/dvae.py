@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dalle.config import Config, validate
+from dalle.images import box_filtered
 from dalle.weights import load_module, save_component
 
 DOWNSAMPLING = 8  # image side / grid side; three 2x poolings (§2.1)
@@ -545,11 +546,10 @@ class DiscreteVAE(nn.Module):
         `temperature`, `kl_weight` and `generator` concern the gumbel quantizer only. `distance` of the
         reconstructions from the images is added, and a metric too; `pixel_weights` (B, 1, H, W) say what each pixel
         counts in the reconstruction's mean (differs: the paper has its likelihood alone, and all pixels count alike).
-        A decoder that draws more pixels than the encoder reads is no part of this bound: see
-        `dalle.training.decoder`.
+        Where the decoder draws more pixels than the encoder reads, the images are of the size that it draws, and the
+        encoder is given them averaged down.
         """
-        assert self.config.output_size == self.config.image_size
-        latents = self._latents(images)  # (B, D, G, G)
+        latents = self._latents(box_filtered(images, self.config.image_size))  # (B, D, G, G)
         if self.encoder.fsq:
             codes = self.encoder.fsq.quantize(latents)
             out = self.decoder.blocks(codes)

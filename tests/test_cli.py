@@ -684,6 +684,14 @@ def test_a_wrong_import_is_one_line(arguments: list[str], expected: str, run: Ru
     assert not (tmp_path / "m").exists()
 
 
+def test_finetune_from_what_is_no_model_is_one_line_and_leaves_nothing(
+    run: Run, data: Path, tmp_path: Path
+) -> None:
+    ended = run("finetune", data, "--out", tmp_path / "mine", "--from", "./nowhere")
+    assert_one_line(ended, "./nowhere is not a folder")
+    assert not (tmp_path / "mine").exists()
+
+
 # The command as a whole
 
 
@@ -692,6 +700,7 @@ def test_every_command_has_help(run: Run) -> None:
         [],
         ["generate"],
         ["train"],
+        ["finetune"],
         ["encode"],
         ["evaluate"],
         ["rerun"],

@@ -144,6 +144,10 @@ class DecoderStage:
             figures["feature_distance"] = total / len(tokens)
         return figures
 
+    def score(self, figures: dict[str, float]) -> float:
+        """The PSNR at the size that is drawn."""
+        return figures["output_psnr"]
+
     def sheet(self) -> Image:
         """Held-out pictures, each above what is drawn of its tokens."""
         originals = self.held_out[spread(range(len(self.held_out)), SHEET_PICTURES)]

@@ -17,7 +17,7 @@ from dalle.evaluation.sheets import pairs_sheet, spread
 from dalle.training.optim import half_cosine
 from dalle.training.order import Order, rng
 from dalle.training.perceptual import FeatureDistance
-from dalle.training.pictures import Pictures, load_all
+from dalle.training.pictures import Pictures, load_all, small_square
 from dalle.training.processes import ALONE, World
 from dalle.training.recipe import Balance, DVAETraining
 
@@ -47,20 +47,26 @@ class DVAEStage:
         self.order = Order(train, seed, balance, world=world)
         self.device = next(model.parameters()).device
         self._features = FeatureDistance(self.device) if settings.feature_weight else None
-        size = model.config.image_size
+        size = model.config.output_size
 
         def whole(pair: Pair) -> Image:
             return images.center_crop(pair.open(), size)
 
-        is_whole = settings.crop == "center"
+        crops = {"paper": images.dvae_crop, "near": images.near_crop}
+        crop = crops.get(settings.crop)
+        side = {"center": size, "near": 2 * size}.get(settings.crop)  # the paper's crop needs the whole file
         self._pictures = Pictures(
             train,
             self.order,
             settings.batch_size,
             bad,
-            read=whole if is_whole else Pair.open,
-            draw=None if is_whole else lambda picture, drawn: images.dvae_crop(picture, size, drawn),
-            side=size if is_whole else None,
+            read=Pair.open
+            if side is None
+            else whole
+            if crop is None
+            else lambda pair: small_square(pair, side),
+            draw=None if crop is None else lambda picture, drawn: crop(picture, size, drawn),
+            side=side,
             seed=seed,
         )
         _, self.held_out = load_all(spread(held_out, settings.n_validation), whole, bad)
@@ -96,6 +102,10 @@ class DVAEStage:
         psnr = sums.seen.psnr
         assert psnr is not None  # a stage without held-out pictures cannot be made
         return {"psnr": psnr, "codes_used": sums.codes_used}
+
+    def score(self, figures: dict[str, float]) -> float:
+        """The PSNR."""
+        return figures["psnr"]
 
     def sheet(self) -> Image:
         """Held-out pictures, each above its reconstruction from hard tokens."""

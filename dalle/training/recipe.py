@@ -76,12 +76,17 @@ class Optimization(Config):
     checkpoint_every: int = Field(ge=1)  # updates
     sheet_every: int = Field(ge=1)  # updates between sample sheets
     n_validation: int = Field(512, ge=1)  # held-out pictures a validation looks at
+    # Validations in a row without a better one that end the stage, which then ships the weights of its best one, the
+    # start included; None: all steps are taken, and the last weights shipped.
+    patience: int | None = Field(None, ge=1)
 
 
 class DVAETraining(Optimization):
     """Stage 1 (App. A.2): the schedules of the relaxation belong to the quantizer gumbel; FSQ has none."""
 
-    crop: Literal["paper", "center"]  # Listing 1, or the whole picture
+    crop: Literal[
+        "paper", "center", "near"
+    ]  # Listing 1; the whole picture; nearly all of it, drawn anew each epoch
     kl_weight: float = Field(0.0, ge=0)  # beta, paper 6.6
     kl_steps: int = Field(1, ge=1)  # 0 -> beta, paper 5,000
     final_temperature: float = Field(0.0625, gt=0)  # tau, from 1; paper 1/16
@@ -207,6 +212,13 @@ class Recipe(Config):
     def _lengths_agree(self) -> Self:
         if (self.clip is None) != (self.clip_training is None):
             raise ValueError("clip and clip_training belong together: give both or neither")
+        for training in self.trainings.values():
+            if training.warmup_steps >= training.steps:
+                raise ValueError(f"warmup_steps {training.warmup_steps} must be below steps {training.steps}")
+        return self
+
+    @model_validator(mode="after")
+    def _large_decoder_is_trained(self) -> Self:
         if self.decoder_training is None and self.dvae.output_size != self.dvae.image_size:
             raise ValueError(
                 f"dvae.output_size {self.dvae.output_size} is not image_size {self.dvae.image_size}: a decoder that draws "
@@ -216,9 +228,6 @@ class Recipe(Config):
             raise ValueError(
                 "decoder_training belongs to trunk light; the paper's dVAE is trained in one phase"
             )
-        for training in self.trainings.values():
-            if training.warmup_steps >= training.steps:
-                raise ValueError(f"warmup_steps {training.warmup_steps} must be below steps {training.steps}")
         return self
 
     @model_validator(mode="after")

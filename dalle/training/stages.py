@@ -15,11 +15,12 @@ from dalle.config import Config, validate
 from dalle.data.tokens import Crop, TokenStore, encode_part
 from dalle.dvae import DiscreteVAE, DVAEConfig
 from dalle.generation.rerank import Ranker
-from dalle.model_folder import check_fit
+from dalle.model_folder import OPTIONAL, check_fit
 from dalle.tokenizer import Tokenizer
 from dalle.training.clip import CLIPStage
 from dalle.training.decoder import DecoderStage
 from dalle.training.dvae import DVAEStage
+from dalle.training.forecast import work_after
 from dalle.training.log import LINE_SECONDS, duration
 from dalle.training.loop import Stage, train_stage
 from dalle.training.recipe import DistributedConfig, clip_config, transformer_config
@@ -76,7 +77,7 @@ def dvae_stage(run: Run) -> DiscreteVAE:
         "training": recipe.dvae_training.model_dump(mode="json"),
         "data": run.pairs.fingerprint,
     }
-    if given:
+    if given and "dvae" not in run.continued:
         inputs = {"given": files.file_sha256(given / "model.safetensors")}
         with run.world.main_first():
             if not run.finished("dvae", inputs, _file_hash(folder / "model.safetensors")):
@@ -84,9 +85,12 @@ def dvae_stage(run: Run) -> DiscreteVAE:
                 logger.info("dvae: reused from %s, not trained; [dvae_training] has no effect", given)
                 _copy(given, folder, "model.safetensors")
                 run.record("dvae", inputs, files.file_sha256(folder / "model.safetensors"))
-    elif not run.finished("dvae", inputs, _file_hash(folder / "model.safetensors")):
+        return DiscreteVAE.from_pretrained(folder).to(run.device).eval()
+    if given:
+        inputs |= {"model": {}, "given": files.file_sha256(given / "model.safetensors")}
+    if not run.finished("dvae", inputs, _file_hash(folder / "model.safetensors")):
         torch.manual_seed(recipe.seed)  # the models draw their first weights from the global generator
-        model = DiscreteVAE(config).to(run.device)
+        model = (DiscreteVAE.from_pretrained(given) if given else DiscreteVAE(config)).to(run.device)
         stage = DVAEStage(
             model,
             recipe.dvae_training,
@@ -274,6 +278,28 @@ def clip_stage(run: Run, tokenizer: Tokenizer, dvae: DiscreteVAE | None) -> None
     _save(run, "clip", model.config, lambda: _stored(run, state), inputs, folder)
 
 
+def keep_given_transformer(run: Run) -> None:
+    """Take over the transformer of --init-from byte for byte, where no stage has made another."""
+    given = run.given("transformer")
+    if given is not None and "transformer" not in run.records():
+        _keep(run, "transformer", given, run.out / "transformer")
+
+
+def keep_given_clips(run: Run) -> None:
+    """Copy the CLIPs that are given and were not trained, unless captions have other tokens than they read."""
+    tokenizer = run.given("tokenizer")
+    for name in OPTIONAL:
+        given = run.given(name)
+        if given is None or name in run.records():
+            continue
+        clip = CLIP.from_pretrained(given)  # refuses a damaged one
+        if clip.config.text_tokens == "dalle" and tokenizer is None:
+            logger.warning("%s: left out of %s, whose tokenizer is another one", given, run.out)
+            continue
+        for path in sorted(given.iterdir()):
+            files.write_bytes(run.out / name / path.name, path.read_bytes())
+
+
 def _encode(run: Run, dvae: DiscreteVAE) -> list[TokenStore]:
     """All pictures as tokens, as often as the recipe says; held-out ones are looked at in the first encoding."""
     training, seed = run.recipe.transformer_training, run.recipe.seed
@@ -328,8 +354,8 @@ def _run_stage(
     run: Run, stage: Stage, inputs: dict[str, Any], distributed: DistributedConfig | None = None
 ) -> dict[str, Tensor]:
     run.begin(stage.name, inputs)
-    layout = distributed or run.recipe.distributed
-    return train_stage(stage, run.folder, run.dtype, run.quiet, run.world, layout)
+    layout, later = distributed or run.recipe.distributed, work_after(stage.name, run)
+    return train_stage(stage, run.folder, run.dtype, run.quiet, run.world, layout, later)
 
 
 def _save(
@@ -355,14 +381,6 @@ def _stored(run: Run, state: dict[str, Tensor]) -> dict[str, Tensor]:
         name: tensor.detach().cpu().to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
         for name, tensor in state.items()
     }
-
-
-def keep_given(run: Run) -> None:
-    """Take over the transformer and the CLIPs of --init-from byte for byte, where no stage has made others."""
-    for name in ("transformer", "clip", "judge"):
-        given = run.given(name)
-        if given is not None and name not in run.records():
-            _keep(run, name, given, run.out / name)
 
 
 def _keep(run: Run, stage: str, source: Path, folder: Path) -> None:
