@@ -9,6 +9,7 @@ resized to.
 """
 
 import contextlib
+import functools
 import io
 import json
 import math
@@ -24,9 +25,12 @@ from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from dalle import __version__, weights
+from dalle.picture_metadata import to_srgb, without_texts
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # of pictures that strangers may send
+DATA_FORMATS = (*FORMATS, "MPO", "TIFF", "AVIF", "HEIF")  # of one's own data; HEIF with pillow-heif
 MAX_PIXELS = 64_000_000  # a photograph has up to about 50 million; a bomb has billions
+MAX_PNG = 2**28  # bytes of a file that is read again without its texts
 MAX_RECIPE = 1_000_000  # characters of the `dalle` chunk; PNG readers stop at 1 MiB of text
 PIXELS_PER_TOKEN = 8  # side of the square that one image token stands for (paper §2.1)
 
@@ -36,16 +40,64 @@ Source = Path | str | bytes | BinaryIO
 # Opening
 
 
-def open_image(source: Source, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read a PNG, JPEG, WebP, GIF or BMP as RGB: turned by its EXIF, on white where clear, first frame.
+def open_image(
+    source: Source, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS
+) -> Image.Image:
+    """Read a picture as sRGB: turned by its EXIF, on white where clear, first frame, without its ICC profile.
 
     The header is checked against `max_pixels` before any pixel is decoded. ValueError, one line with the
-    path, when the file is missing, of another format, too large, truncated or corrupt.
+    path, when the file is missing, of a format that is not in `formats`, too large, truncated or corrupt.
     """
     name = _name(source)
-    with _opened(source, name, FORMATS, max_pixels) as image:
+    if "HEIF" in formats:
+        reads_heif()
+    try:
+        return _read(source, name, formats, max_pixels)
+    except ValueError as error:
+        png = _png_with_long_texts(source)
+        if png is None:
+            raise
+        try:
+            return _read(png[0], name, formats, max_pixels, png[1])
+        except ValueError:
+            raise error from None
+
+
+def _read(
+    source: Source, name: str, formats: tuple[str, ...], max_pixels: int, profile: bytes | None = None
+) -> Image.Image:
+    with _opened(source, name, formats, max_pixels) as image:
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+        if profile is not None:
+            image.info["icc_profile"] = profile
+        return _to_rgb(to_srgb(ImageOps.exif_transpose(image)))
+
+
+def _png_with_long_texts(source: Source) -> tuple[bytes, bytes | None] | None:
+    """A PNG that could not be read, without its texts, and its profile; None for what is no PNG."""
+    try:
+        if isinstance(source, (Path, str)):
+            is_large = Path(source).stat().st_size > MAX_PNG
+            data = b"" if is_large else Path(source).read_bytes()
+        elif isinstance(source, bytes):
+            data = source
+        else:
+            source.seek(0)
+            data = source.read()
+    except (OSError, ValueError):
+        return None
+    return without_texts(data)
+
+
+@functools.cache
+def reads_heif() -> bool:
+    """Whether HEIC pictures can be read: pillow-heif is installed, and Pillow knows it from now on."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
 
 
 def open_mask(source: Source, max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from dalle import images
-from dalle.data.pairs import Pair, PairSet, read_pairs
+from dalle.data.pair import Pair
+from dalle.data.pairs import PairSet, read_pairs
 from dalle.data.shapes import write_shapes
 from dalle.evaluation.metrics import (
     MAX_PSNR,

@@ -20,7 +20,10 @@ LAYERS = (
     ("data",),
     ("dvae", "transformer", "clip"),
     ("tokenizer", "clip_tokenizer", "attention", "images"),
-    ("weights",),  # below its neighbours: a tokenizer and a PNG are written with the same atomic writes
+    (
+        "weights",
+        "picture_metadata",
+    ),  # below its neighbours: a tokenizer and a PNG are written with the same atomic writes
     ("config",),
 )
 HEIGHT = {name: len(LAYERS) - row for row, names in enumerate(LAYERS) for name in names}

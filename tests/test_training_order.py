@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 
-from dalle.data.pairs import Pair
+from dalle.data.pair import Pair
 from dalle.training.order import Order, rng
 from dalle.training.recipe import Balance
 

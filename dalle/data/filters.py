@@ -11,8 +11,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from PIL.Image import Image
@@ -22,8 +21,9 @@ from dalle import weights
 from dalle.config import Config
 from dalle.data.duplicates import CLIP_SIMILARITY, HASH_SIMILARITY, Describe, Known, hashes
 from dalle.data.language import language_of
-from dalle.data.layouts import Row
-from dalle.data.pairs import Pair, PairSet
+from dalle.data.pair import Pair
+from dalle.data.pairs import PairSet
+from dalle.data.reading import read_chunks
 from dalle.data.selection import common_folder, write_selection
 
 CHUNK = 64  # pictures that are open at once
@@ -180,8 +180,8 @@ class _Filter:
                 self.known.add([key for key, _ in good], [picture for _, picture in good], self.describe)
             self._advance(len(chunk))
 
-    def passing(self, pairs: PairSet, drop: Callable[[dict[str, str]], object]) -> Iterator[Row]:
-        """The rows of the pairs that pass, evaluation pairs first; each other pair is given to `drop`."""
+    def passing(self, pairs: PairSet, drop: Callable[[dict[str, str]], object]) -> Iterator[Pair]:
+        """The pairs that pass, evaluation pairs first; each other pair is given to `drop`."""
         evaluation = [pair for pair in pairs if pair.split != "train"]
         training = [pair for pair in pairs if pair.split == "train"]
         for pair, captions, reason, detail in itertools.chain(
@@ -189,10 +189,7 @@ class _Filter:
         ):
             if reason is None:
                 self.splits[pair.split] += 1
-                yield Row(
-                    pair.key, captions, pair.split, pair.fields, os.path.abspath(pair.path), pair.offset,
-                    pair.n_bytes, pair.cell,
-                )  # fmt: skip
+                yield replace(pair, captions=captions, path=os.path.abspath(pair.path))
             else:
                 self.dropped[reason] += 1
                 drop({"key": pair.key, "reason": reason, **({"detail": detail} if detail else {})})
@@ -259,20 +256,20 @@ Opened = tuple[Pair, Image | ValueError, tuple[int, int]]  # with the sides befo
 
 
 def _opened(pairs: Sequence[Pair]) -> Iterator[list[Opened]]:
-    """Pictures in order, small, a chunk at a time, read by threads; the error instead of an unreadable one."""
-    with ThreadPoolExecutor(os.cpu_count() or 1) as readers:
-        for start in range(0, len(pairs), CHUNK):
-            yield list(readers.map(_open, pairs[start : start + CHUNK]))
+    """Pictures in order, small, a chunk at a time; the error instead of an unreadable one."""
+    start = 0
+    for chunk in read_chunks(pairs, CHUNK, _small):
+        found = zip(pairs[start : start + len(chunk)], chunk, strict=True)
+        yield [
+            (pair, read, (0, 0)) if isinstance(read, ValueError) else (pair, *read) for pair, read in found
+        ]
+        start += len(chunk)
 
 
-def _open(pair: Pair) -> Opened:
-    try:
-        picture = pair.open()
-    except ValueError as error:
-        return pair, error, (0, 0)
+def _small(pair: Pair, picture: Image) -> tuple[Image, tuple[int, int]]:
     shape = picture.size
     picture.thumbnail((MAX_SIDE, MAX_SIDE))  # enough to compare; a chunk of photographs would fill the memory
-    return pair, picture, shape
+    return picture, shape
 
 
 def _listed(counts: dict[str, int]) -> str:

@@ -21,7 +21,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 from dalle import images
-from dalle.data.pairs import Pair, PairSet
+from dalle.data.pair import Pair
+from dalle.data.pairs import PairSet
 from dalle.dvae import DiscreteVAE
 from dalle.evaluation.metrics import (
     Figures,

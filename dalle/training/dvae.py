@@ -8,7 +8,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 from dalle import images
-from dalle.data.pairs import BadSampleLog, Pair
+from dalle.data.pair import Pair
+from dalle.data.reading import BadSampleLog
 from dalle.dvae import DiscreteVAE
 from dalle.evaluation.protocols import measure_reconstruction, reconstruct
 from dalle.evaluation.sheets import pairs_sheet, spread

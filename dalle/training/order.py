@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dalle.data.pairs import Pair
+from dalle.data.pair import Pair
 from dalle.training.processes import ALONE, World
 from dalle.training.recipe import Balance
 

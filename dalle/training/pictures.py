@@ -11,7 +11,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 from dalle import images
-from dalle.data.pairs import BadSampleLog, Pair
+from dalle.data.pair import Pair
+from dalle.data.reading import BadSampleLog
 from dalle.training.order import Order, rng
 from dalle.training.prefetch import Prefetch
 

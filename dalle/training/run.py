@@ -8,7 +8,8 @@ import torch
 
 from dalle import weights
 from dalle.config import differences
-from dalle.data.pairs import BadSampleLog, PairSet
+from dalle.data.pairs import PairSet
+from dalle.data.reading import BadSampleLog
 from dalle.training.processes import ALONE, World
 from dalle.training.recipe import Recipe
 

@@ -15,7 +15,8 @@ from filelock import FileLock, Timeout
 
 from dalle import weights
 from dalle.config import differences
-from dalle.data.pairs import BadSampleLog, read_pairs
+from dalle.data.pairs import read_pairs
+from dalle.data.reading import BadSampleLog
 from dalle.model_folder import write_index, write_ranker_index
 from dalle.training.card import write_card
 from dalle.training.processes import ALONE, World
