@@ -28,7 +28,7 @@ from dalle import __version__, weights
 from dalle.picture_metadata import to_srgb, without_texts
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # of pictures that strangers may send
-DATA_FORMATS = (*FORMATS, "MPO", "TIFF", "AVIF", "HEIF")  # of one's own data; HEIF with pillow-heif
+DATA_FORMATS = (*FORMATS, "TIFF", "AVIF", "HEIF")  # of one's own data; HEIF with pillow-heif
 MAX_PIXELS = 64_000_000  # a photograph has up to about 50 million; a bomb has billions
 MAX_PNG = 2**28  # bytes of a file that is read again without its texts
 MAX_RECIPE = 1_000_000  # characters of the `dalle` chunk; PNG readers stop at 1 MiB of text
@@ -49,8 +49,7 @@ def open_image(
     path, when the file is missing, of a format that is not in `formats`, too large, truncated or corrupt.
     """
     name = _name(source)
-    if "HEIF" in formats:
-        reads_heif()
+    formats = _installed(formats)
     try:
         return _read(source, name, formats, max_pixels)
     except ValueError as error:
@@ -87,6 +86,15 @@ def _png_with_long_texts(source: Source) -> tuple[bytes, bytes | None] | None:
     except (OSError, ValueError):
         return None
     return without_texts(data)
+
+
+@functools.cache
+def _installed(formats: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of some formats that this Pillow reads: AVIF and HEIF are not in all of them."""
+    if "HEIF" in formats:
+        reads_heif()
+    Image.init()
+    return tuple(name for name in formats if name in Image.OPEN)
 
 
 @functools.cache

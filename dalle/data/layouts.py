@@ -20,8 +20,8 @@ from dalle.data.samples import CAPTION_COLUMNS, ReadOptions, Samples, has_suffix
 PICTURE_TABLES = (".parquet", ".arrow")
 LOOKED_FOR = (
     "looked for metadata.jsonl, .csv, .tsv or .parquet and other tables with a picture and a caption column (file_name "
-    f"and one of {', '.join(CAPTION_COLUMNS)}), *.tar shards (x.jpg with x.txt, x.caption or x.json), *.parquet tables with the "
-    "pictures in them (image with bytes, and a caption column as above; .arrow too), a COCO captions .json "
+    f"and one of {', '.join(CAPTION_COLUMNS)}), *.tar shards (x.jpg with x.txt, x.caption or x.json), *.parquet tables "
+    "with the pictures in them (image with bytes, and a caption column as above; .arrow too), a COCO captions .json "
     "(images and annotations), pictures (jpg, png, webp, gif, bmp, tiff, avif, heic) with a .txt of the same name beside "
     "each (--captions-from folder or name does without), and what `dalle data filter` wrote"
 )

@@ -27,6 +27,7 @@ class PairSet:
     bad: list[BadSample] = field(default_factory=list)
     split_rules: Mapping[str, int] = field(default_factory=dict)  # pairs that each rule of splits decided
     notes: tuple[str, ...] = ()  # what lies there and was not read, one line each
+    hashed: tuple[frozenset[str], ...] = ()  # keys whose split a hash decided, one set a data set
     contents: Mapping[str, str] | None = None  # sha256 of each picture by key, where they were checked
 
     def __len__(self) -> int:
@@ -51,7 +52,8 @@ class PairSet:
         digest = hashlib.sha256()
         for pair in self.pairs:
             picture = pair.n_bytes if self.contents is None else self.contents[pair.key]
-            line = json.dumps([pair.key, pair.captions, pair.split, picture], ensure_ascii=True)
+            weight = [] if pair.weight == 1 else [pair.weight]
+            line = json.dumps([pair.key, pair.captions, pair.split, picture, *weight], ensure_ascii=True)
             digest.update(line.encode() + b"\n")
         return digest.hexdigest()
 
@@ -105,6 +107,6 @@ def read_pairs(
     if not found:
         skipped = f"; {len(bad)} bad samples, first: {first_reasons(bad)}" if bad else ""
         raise ValueError(f"no captions found in {source}: {LOOKED_FOR}{skipped}")
-    decided, rules = split_pairs(found)
+    decided, rules, hashed = split_pairs(found)
     pairs = sorted((replace(pair, home="") for pair in decided), key=lambda pair: pair.key)
-    return PairSet(tuple(pairs), sorted(bad), rules, tuple(files.notes))
+    return PairSet(tuple(pairs), sorted(bad), rules, tuple(files.notes), (hashed,))

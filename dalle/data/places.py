@@ -24,7 +24,7 @@ class State(NamedTuple):
     """What tells without reading whether a file was touched since."""
 
     n_bytes: int
-    mark: str  # modification time in ns, or what the server gives (ETag); "": nothing
+    mark: str  # times of the last change in ns, or what the server gives (ETag); "": nothing
 
 
 def is_address(path: str | Path) -> bool:
@@ -73,7 +73,9 @@ def state_of(path: str) -> State | None:
         status = os.stat(path)
     except (OSError, ValueError):  # ValueError: a NUL character in the name
         return None
-    return State(status.st_size, str(status.st_mtime_ns)) if stat.S_ISREG(status.st_mode) else None
+    # the time of the inode's last change too: a program that writes into a file may set the other one back
+    mark = f"{status.st_mtime_ns}-{status.st_ctime_ns}"
+    return State(status.st_size, mark) if stat.S_ISREG(status.st_mode) else None
 
 
 def is_folder(path: str) -> bool:

@@ -25,22 +25,26 @@ N_READERS = 8  # threads; decoding gives up Python's lock
 T = TypeVar("T")
 
 
-def attempt(pair: Pair, prepare: Callable[[Pair, Image], T]) -> T | ValueError:
-    """What `prepare` makes of an opened picture; the error in place of an unreadable one."""
-    try:
-        return prepare(pair, pair.open())
-    except ValueError as error:
-        return error
-
-
 def read_chunks(
     pairs: Sequence[Pair], size: int, prepare: Callable[[Pair, Image], T]
 ) -> Iterator[list[T | ValueError]]:
-    """Pictures in order, `size` at a time, read by threads one chunk ahead; the error in place of an unreadable one."""
+    """What `prepare` makes of pictures, in order, `size` at a time; the error in place of an unreadable one."""
+    return in_chunks(pairs, size, lambda pair: prepare(pair, pair.open()))
+
+
+def in_chunks(pairs: Sequence[Pair], size: int, read: Callable[[Pair], T]) -> Iterator[list[T | ValueError]]:
+    """What `read` gives for each pair, in order, `size` at a time, by threads one chunk ahead; or its ValueError."""
+
+    def attempt(pair: Pair) -> T | ValueError:
+        try:
+            return read(pair)
+        except ValueError as error:
+            return error
+
     with ThreadPoolExecutor(min(N_READERS, os.cpu_count() or 1)) as readers:
 
         def submit(start: int) -> list[Future[T | ValueError]]:
-            return [readers.submit(attempt, pair, prepare) for pair in pairs[start : start + size]]
+            return [readers.submit(attempt, pair) for pair in pairs[start : start + size]]
 
         ahead = submit(0)
         for start in itertools.count(size, size):

@@ -34,8 +34,8 @@ MIN_HELD_OUT = 8
 MAX_HELD_OUT_FRACTION = 0.25
 
 
-def split_pairs(pairs: Sequence[Pair]) -> tuple[list[Pair], dict[str, int]]:
-    """The pairs with their splits, and how many pairs each rule decided."""
+def split_pairs(pairs: Sequence[Pair]) -> tuple[list[Pair], dict[str, int], frozenset[str]]:
+    """The pairs with their splits, how many pairs each rule decided, and the keys of those that the hash decided."""
     rules = Counter[str]()
     named = names_of_homes(pairs)
     decided: list[Pair] = []
@@ -51,9 +51,13 @@ def split_pairs(pairs: Sequence[Pair]) -> tuple[list[Pair], dict[str, int]]:
             open_pairs.append(pair)
     if open_pairs:
         rules["a hash of each sample's own key"] += len(open_pairs)
-    held_out = _held_out(open_pairs)
-    decided += [replace(p, split="validation" if p.key in held_out else "train") for p in open_pairs]
-    return decided, dict(rules)
+    return [*decided, *by_hash(open_pairs)], dict(rules), frozenset(pair.key for pair in open_pairs)
+
+
+def by_hash(pairs: Sequence[Pair]) -> list[Pair]:
+    """The pairs with the splits that the hash of each sample's own key decides."""
+    held_out = _held_out(pairs)
+    return [replace(pair, split="validation" if pair.key in held_out else "train") for pair in pairs]
 
 
 def names_of_homes(pairs: Sequence[Pair]) -> dict[tuple[str, ...], str | None]:

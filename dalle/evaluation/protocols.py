@@ -8,10 +8,8 @@ D thumbnail values.
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,6 +21,7 @@ from torch import Tensor
 from dalle import images
 from dalle.data.pair import Pair
 from dalle.data.pairs import PairSet
+from dalle.data.reading import read_chunks
 from dalle.dvae import DiscreteVAE
 from dalle.evaluation.metrics import (
     Figures,
@@ -39,8 +38,8 @@ from dalle.transformer import Transformer
 BATCH = 64  # pictures read, captions scored and rows drawn at once
 DVAE_BATCH = 16  # pictures in the dVAE at once: its full-resolution activations are what fills memory
 N_DISTRACTORS = 99
+MAX_PSNR_PICTURES = 512  # that `psnr_of_pairs` measures
 MAX_THUMBNAILS = 2**16  # kept between rows: 200 MB
-N_READERS = 8
 
 Advance = Callable[[int], None]  # called with the number of pictures just done
 
@@ -54,19 +53,17 @@ class PictureReader:
 
     def batches(self, pairs: Sequence[Pair]) -> Iterator[tuple[list[int], Tensor]]:
         """Positions in `pairs` of up to 64 readable pictures, and the pictures (B, 3, H, W) in [0, 1]."""
-        with ThreadPoolExecutor(min(N_READERS, os.cpu_count() or 1)) as readers:
-            for start in range(0, len(pairs), BATCH):
-                found = list(readers.map(self._read, pairs[start : start + BATCH]))
-                readable = [(start + i, image) for i, image in enumerate(found) if image is not None]
-                if readable:
-                    yield [i for i, _ in readable], images.to_tensor([image for _, image in readable])
-
-    def _read(self, pair: Pair) -> Image | None:
-        try:
-            return images.center_crop(pair.open(), self.size)
-        except ValueError as error:
-            self.unreadable[pair.key] = str(error)
-            return None
+        start = 0
+        for chunk in read_chunks(pairs, BATCH, lambda _, picture: images.center_crop(picture, self.size)):
+            good: dict[int, Image] = {}
+            for position, found in enumerate(chunk, start):
+                if isinstance(found, ValueError):
+                    self.unreadable[pairs[position].key] = str(found)
+                else:
+                    good[position] = found
+            start += len(chunk)
+            if good:
+                yield list(good), images.to_tensor(list(good.values()))
 
 
 # ---- dVAE ----------------------------------------------------------------------------------------
@@ -97,6 +94,23 @@ def measure_reconstruction(dvae: DiscreteVAE, batches: Iterable[Tensor]) -> tupl
         sums.add_(pictures, copies, tokens)
         found.append(tokens)
     return sums, torch.cat(found)
+
+
+def psnr_of_pairs(dvae: DiscreteVAE, pairs: PairSet) -> float:
+    """PSNR in dB of the held-out pictures after a dVAE, hard tokens, error pooled; of up to 512 of them.
+
+    Raises ValueError when none can be read.
+    """
+    held_out = [pair for pair in pairs if pair.split not in ("train", "excluded")] or list(pairs)
+    chosen = np.unique(np.linspace(0, len(held_out) - 1, min(MAX_PSNR_PICTURES, len(held_out))).astype(int))
+    reader = PictureReader(dvae.config.image_size)
+    batches = (pictures for _, pictures in reader.batches([held_out[index] for index in chosen.tolist()]))
+    psnr = measure_reconstruction(dvae, batches)[0].psnr
+    if psnr is None:
+        raise ValueError(
+            f"no held-out picture can be read, the first because: {next(iter(reader.unreadable.values()))}"
+        )
+    return psnr
 
 
 # ---- transformer ---------------------------------------------------------------------------------

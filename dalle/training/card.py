@@ -25,7 +25,7 @@ def write_card(out: Path, recipe: Recipe, data: str, pairs: PairSet, init_from: 
         "",
         f"A DALL·E trained with `dalle train` {__version__}, {start}.",
         "",
-        f"- Data: `{Path(data).name}`, {len(pairs):,} captioned pictures ({counts}); fingerprint",
+        f"- Data: `{data}`, {len(pairs):,} captioned pictures ({counts}); fingerprint",
         f"  `{pairs.fingerprint}`.",
         f"- Licences of the pictures: {', '.join(licences) or 'not recorded in the data'}.",
         f"- dVAE: {dvae['image_size']} px -> {dvae['image_size'] // 8}x{dvae['image_size'] // 8} tokens of "

@@ -20,6 +20,8 @@ def rng(*key: int | str) -> np.random.Generator:
 class Order:
     """Shuffled epochs over `pairs`; with a balance, large groups of alike pictures give a few members an epoch each.
 
+    Of data sets with several weights the heaviest gives all its pictures each epoch, the others their share of them.
+
     An epoch's last pictures are left out where it is no multiple of `multiple`, so that no run of so many, counted
     from the start, meets a picture twice. Raises ValueError when an epoch is shorter than that.
 
@@ -37,12 +39,18 @@ class Order:
     ) -> None:
         self.seed, self.world = seed, world
         self.cap = balance.cap if balance else 1
-        groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
+        groups: dict[tuple[float, tuple[object, ...]], list[int]] = defaultdict(list)
         for index, pair in enumerate(pairs):
             group = tuple(pair.fields.get(field) for field in balance.fields) if balance else (index,)
-            groups[group].append(index)
-        self.groups = [np.array(members) for members in groups.values()]
-        n_chosen = sum(min(self.cap, len(members)) for members in self.groups)
+            groups[pair.weight, group].append(index)
+        self.groups: dict[float, list[np.ndarray]] = defaultdict(list)  # by the weight of their data set
+        for (weight, _), members in groups.items():
+            self.groups[weight].append(np.array(members))
+        self.n_of_weight = {
+            weight: max(1, round(sum(min(self.cap, len(m)) for m in alike) * weight / max(self.groups)))
+            for weight, alike in self.groups.items()
+        }
+        n_chosen = sum(self.n_of_weight.values())
         self.n_epoch = n_chosen - n_chosen % multiple  # pictures an epoch
         if self.n_epoch == 0:
             raise ValueError(
@@ -55,12 +63,20 @@ class Order:
         cached = self._cached  # read once: another prefetch thread may be at the next epoch already
         if cached is None or cached[0] != number:
             generator = rng(self.seed, "order", number)
-            chosen = [
-                members if len(members) <= self.cap else generator.choice(members, self.cap, replace=False)
-                for members in self.groups
-            ]
+            chosen = [self._chosen(weight, generator) for weight in self.groups]
             cached = self._cached = (number, generator.permutation(np.concatenate(chosen)))
         return cached[1]
+
+    def _chosen(self, weight: float, generator: np.random.Generator) -> np.ndarray:
+        """The pictures of one epoch from the data sets of one weight."""
+        chosen = np.concatenate(
+            [
+                members if len(members) <= self.cap else generator.choice(members, self.cap, replace=False)
+                for members in self.groups[weight]
+            ]
+        )
+        n = self.n_of_weight[weight]
+        return chosen if n == len(chosen) else generator.choice(chosen, n, replace=False)
 
     def batch(self, number: int, size: int) -> list[tuple[int, int]]:
         """The (epoch, picture index) of this process's members of micro-batch `number`, which has `size` in all.

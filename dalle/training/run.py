@@ -10,6 +10,7 @@ from dalle import weights
 from dalle.config import differences
 from dalle.data.pairs import PairSet
 from dalle.data.reading import BadSampleLog
+from dalle.data.source import Source
 from dalle.training.processes import ALONE, World
 from dalle.training.recipe import Recipe
 
@@ -20,7 +21,7 @@ class Run:
 
     out: Path
     recipe: Recipe
-    data: str
+    data: Source
     pairs: PairSet
     train: list[Any]
     held_out: list[Any]

@@ -15,8 +15,9 @@ from filelock import FileLock, Timeout
 
 from dalle import weights
 from dalle.config import differences
-from dalle.data.pairs import read_pairs
+from dalle.data.contents import MAX_DECODED, check_contents
 from dalle.data.reading import BadSampleLog
+from dalle.data.source import Source
 from dalle.model_folder import write_index, write_ranker_index
 from dalle.training.card import write_card
 from dalle.training.processes import ALONE, World
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(
-    data: str,
+    data: str | Path | Source,
     out: Path,
     recipe: Recipe,
     *,
@@ -61,7 +62,7 @@ def train(
                 f"{out}: another run is training in this folder; wait for it, or choose another --out"
             ) from None
     try:
-        run = _prepare(data, out, recipe, init_from, device, dtype, quiet, world)
+        run = _prepare(Source.of(data), out, recipe, init_from, device, dtype, quiet, world)
         _train(run, _with_settings(recipe, stages))
         return out
     finally:
@@ -105,7 +106,7 @@ def _train(run: Run, stages: tuple[str, ...]) -> None:
 
 
 def _prepare(
-    data: str,
+    data: Source,
     out: Path,
     recipe: Recipe,
     init_from: Path | None,
@@ -114,8 +115,16 @@ def _prepare(
     quiet: bool,
     world: World,
 ) -> Run:
-    pairs = read_pairs(data)
-    pairs.require_mostly_good()
+    begun = out / "run" / "config.json"
+    with world.main_first():  # the others find the pictures hashed
+        found = data.read(exclude=(str(out),))
+        pairs = check_contents(found, out / "run" / "data.jsonl", must_match=begun.exists())
+    file = f"bad_samples-{world.rank}.jsonl" if world.rank else "bad_samples.jsonl"  # what each process meets
+    keys = {pair.key for pair in pairs} if len(found) > MAX_DECODED else set()  # else they are readable
+    keys |= {sample.key for sample in pairs.bad}
+    bad = BadSampleLog(out / "run" / file, len(pairs) + len(pairs.bad), data.max_bad, keys)
+    bad.add_all(pairs.bad)
+    pairs.require_mostly_good(data.max_bad)
     counts = ", ".join(f"{split} {count}" for split, count in sorted(pairs.counts.items()))
     logger.info("%s: %d captioned pictures (%s); training uses split train", data, len(pairs), counts)
     if pairs.bad:
@@ -127,10 +136,6 @@ def _prepare(
         raise ValueError(
             f"{data}: training needs pictures of split train and some held out; found {counts or 'none'}"
         )
-    file = f"bad_samples-{world.rank}.jsonl" if world.rank else "bad_samples.jsonl"  # what each process meets
-    bad = BadSampleLog(out / "run" / file, total=len(pairs) + len(pairs.bad))
-    for sample in pairs.bad:
-        bad.add(sample.key, sample.reason)
     config = {
         "recipe": recipe.identity(),
         "data": pairs.fingerprint,
@@ -138,7 +143,7 @@ def _prepare(
         "init_from": _init_identity(init_from, out),
     }
     with world.main_first():
-        _refuse_other_settings(out / "run" / "config.json", config, out)
+        _refuse_other_settings(begun, config, out)
     return Run(out, recipe, data, pairs, learned, held_out, bad, device, dtype, init_from, quiet, world)
 
 
@@ -188,7 +193,7 @@ def _finish(run: Run) -> None:
         return
     done = run.records()
     if "transformer" in done:
-        write_card(run.out, run.recipe, run.data, run.pairs, run.init_from)
+        write_card(run.out, run.recipe, run.data.name, run.pairs, run.init_from)
         write_index(run.out, run.recipe.sampling)
     elif "clip" in done:
         write_ranker_index(run.out)
