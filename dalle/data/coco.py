@@ -15,16 +15,22 @@ from dalle.data.samples import Samples, is_unsafe, json_object, make_pair, print
 
 def coco_sources(files: Files) -> list[str]:
     """JSON files that may hold captions; beside captions_*.json no others (instances_*) are parsed."""
-    near = [
-        name for name in files.sizes
-        if name.lower().endswith(".json") and posixpath.basename(posixpath.dirname(name)) in ("", "annotations")
-    ]  # fmt: skip
-    return [name for name in near if posixpath.basename(name).startswith(("captions_", "dataset_"))] or near
+
+    def is_named(name: str) -> bool:
+        return posixpath.basename(name).startswith(("captions_", "dataset_"))
+
+    def is_near(name: str) -> bool:
+        return posixpath.basename(posixpath.dirname(name)) in ("", "annotations")
+
+    trees = [name for name in files.sizes if name.lower().endswith(".json")]
+    near = [name for name in trees if is_named(name) or is_near(name)]
+    return [name for name in near if is_named(name)] or near
 
 
 def coco_tree(files: Files, name: str) -> dict[str, Any] | None:
     """The JSON of a file when it has the shape of COCO captions: images[] with sentences, or with annotations[]."""
-    tree = json_object(files.read(name))
+    # bytes that are no UTF-8 become lone surrogates, which the checks find caption by caption
+    tree = json_object(files.read(name).decode("utf-8-sig", "surrogateescape"))
     if tree is None or not isinstance(tree.get("images"), list):
         return None
     if any(isinstance(image, dict) and isinstance(image.get("sentences"), list) for image in tree["images"]):
@@ -55,6 +61,7 @@ def read_coco(files: Files, source: str, tree: Mapping[str, Any]) -> Samples:
         name, number = record.pop("file_name", None), record.pop("id", None)
         if isinstance(record.get("sentences"), list):
             name, number = _karpathy(record, captions, len(listed))
+            listed.add(number)
         key = name if isinstance(name, str) else f"{label}: image {number}"
         try:
             if not isinstance(name, str) or not isinstance(number, int | str):
@@ -78,14 +85,13 @@ def read_coco(files: Files, source: str, tree: Mapping[str, Any]) -> Samples:
 
 def _karpathy(
     record: dict[str, Any], captions: dict[object, list[object]], position: int
-) -> tuple[str | None, object]:
+) -> tuple[str | None, int]:
     """Name and number of an image with sentences, whose captions are added to the others."""
     sentences = record.pop("sentences")
     name, folder = record.pop("filename", None), record.pop("filepath", None)
-    number = f"image {position}"
-    captions[number] = [s.get("raw") for s in sentences if isinstance(s, dict)] or [None]
+    captions[position] = [s.get("raw") for s in sentences if isinstance(s, dict)] or [None]
     is_below = isinstance(name, str) and isinstance(folder, str) and folder
-    return (posixpath.join(folder, name) if is_below else name), number
+    return (posixpath.join(folder, name) if is_below else name), position
 
 
 def _homes(source: str) -> Iterator[str]:

@@ -37,7 +37,8 @@ class Seen(NamedTuple):
     n_bytes: int  # of its file, or of the shard or table that holds it
     mark: str  # when that was changed last; see places.State
     picture: str  # sha256 of the picture's bytes
-    text: str  # sha256 of captions and split
+    text: str  # sha256 of captions and weight
+    split: str
     reason: str | None  # why it cannot be read
 
 
@@ -52,7 +53,7 @@ def check_contents(pairs: PairSet, record: Path, must_match: bool = False) -> Pa
     bad = [BadSample(key, found.reason) for key, found in seen.items() if found.reason is not None]
     good = _split_anew([pair for pair in pairs if seen[pair.key].reason is None], pairs.hashed)
     for pair in good:  # splits may be others without the unreadable ones
-        seen[pair.key] = seen[pair.key]._replace(text=_text_hash(pair))
+        seen[pair.key] = seen[pair.key]._replace(split=pair.split)
     if must_match and old:
         _refuse_changes(record, old, seen)
     if seen != old:
@@ -79,9 +80,9 @@ def _look(pairs: PairSet, old: Mapping[str, Seen]) -> dict[str, Seen]:
     for pair in pairs:
         before, state = old.get(pair.key), states[pair.path]
         if before is not None and state.mark and (before.n_bytes, before.mark) == state:
-            seen[pair.key] = before._replace(text=_text_hash(pair))
+            seen[pair.key] = before._replace(text=_text_hash(pair), split=pair.split)
         else:
-            seen[pair.key] = Seen(*state, "", _text_hash(pair), None)
+            seen[pair.key] = Seen(*state, "", _text_hash(pair), pair.split, None)
             touched.append(pair)
     last = time.monotonic()
     for number, chunk in enumerate(in_chunks(touched, CHUNK, lambda pair: _hashed(pair, decode))):
@@ -111,7 +112,7 @@ def _hashed(pair: Pair, decode: bool) -> tuple[str, str | None]:
 
 
 def _text_hash(pair: Pair) -> str:
-    line = json.dumps([pair.captions, pair.split, pair.weight])
+    line = json.dumps([pair.captions, pair.weight])
     return hashlib.sha256(line.encode()).hexdigest()
 
 
@@ -131,7 +132,8 @@ def _refuse_changes(record: Path, old: Mapping[str, Seen], new: Mapping[str, See
     both = before.keys() & after.keys()
     kinds = {
         "pictures changed": [key for key in both if before[key].picture != after[key].picture],
-        "with other captions, split or weight": [k for k in both if before[k].text != after[k].text],
+        "with other captions or weight": [key for key in both if before[key].text != after[key].text],
+        "in another split": [key for key in both if before[key].split != after[key].split],
         "added": list(after.keys() - before.keys()),
         "gone": [key for key in before.keys() - after.keys() if key not in new],
         "unreadable now": [key for key in before.keys() - after.keys() if key in new],

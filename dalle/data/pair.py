@@ -65,4 +65,4 @@ class Pair:
         try:
             return images.open_image(data, formats=images.DATA_FORMATS)
         except ValueError as error:
-            raise ValueError(f"{self.key}: {error}") from error
+            raise ValueError(f"{self.key}: {str(error).removeprefix('picture: ')}") from error

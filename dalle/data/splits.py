@@ -10,6 +10,7 @@ Source: the Hub's rules for names (huggingface.co/docs/hub/datasets-file-names-a
 """
 
 import hashlib
+import itertools
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -84,21 +85,22 @@ def _names(pair: Pair) -> tuple[str, ...]:
 
 
 def _named(names: tuple[str, ...]) -> str | None:
-    for name in names:
-        split = _of_file(name) if name.lower().endswith(CONTAINERS) else _of_folder(name)
+    is_file = [name.lower().endswith(CONTAINERS) for name in names]
+    for name, is_container in zip(names, is_file, strict=True):
+        split = _of_file(name) if is_container else _of_folder(name)
         if split is not None:
             return split
+    for name in itertools.compress(names, is_file):  # testA-00000-of-00001: must not become train
+        other = re.fullmatch(r"(.+)-\d+-of-\d+", PurePosixPath(name).stem)
+        if other:
+            return other.group(1)
     return None
 
 
 def _of_file(name: str) -> str | None:
     """train-00000-of-00001.parquet, captions_val2017.json, cc3m-train-0001.tar; of two different words neither."""
-    stem = PurePosixPath(name).stem
-    found = {WORDS[word] for word in _words(stem) if word in WORDS}
-    if len(found) == 1:
-        return found.pop()
-    other = re.fullmatch(r"(.+)-\d+-of-\d+", stem)  # testA-00000-of-00001: must not become train
-    return other.group(1) if other else None
+    found = {WORDS[word] for word in _words(PurePosixPath(name).stem) if word in WORDS}
+    return found.pop() if len(found) == 1 else None
 
 
 def _of_folder(name: str) -> str | None:

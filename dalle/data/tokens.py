@@ -117,16 +117,16 @@ def encode_part(
     Unreadable pictures and, by process 0, the samples that `pairs` skipped go to `folder`/bad_samples.jsonl, those of
     other processes to bad_samples-RANK.jsonl; ValueError when they are more than max(5, `max_bad` of all).
     """
-    if not len(pairs):
-        raise ValueError("there are no pictures to encode: the set is empty")
     if seed < 0 or batch_size < 1:
         raise ValueError(f"seed is {seed}, batch_size {batch_size}; they have to be >= 0 and >= 1")
     if dvae.config.n_codes > 2**16:
         raise ValueError(f"the dVAE has {dvae.config.n_codes} codes; a token store holds at most {2**16}")
+    bad_samples = _log_of_bad_samples(Path(folder), pairs, rank, n_processes, max_bad)
+    if not len(pairs):
+        raise ValueError("there are no pictures to encode: the set is empty")
     settings = _settings(pairs, dvae, crop, seed)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     store = Path(folder) / "tokens" / digest[:12]
-    bad_samples = _log_of_bad_samples(Path(folder), pairs, rank, n_processes, max_bad)
     parts = _open_or_create(store, settings, pairs, shard_size)
     own = range(rank, len(parts), n_processes)
     n_before, n_own = 0, sum(len(parts[shard]) for shard in own)
