@@ -67,7 +67,7 @@ def state_of(path: str) -> State | None:
             return None
         if info.get("type") != "file":
             return None
-        names = ("ETag", "etag", "LastModified", "mtime", "updated", "md5Hash", "created")
+        names = ("ETag", "etag", "blob_id", "LastModified", "mtime", "updated", "md5Hash", "created")
         return State(int(info.get("size") or 0), next((str(info[n]) for n in names if info.get(n)), ""))
     try:
         status = os.stat(path)
