@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL.Image import Image, Resampling
 
-from dalle import images, weights
+from dalle import files, images
 from dalle.data.pairs import read_pairs
 from dalle.evaluation.report import evaluate
 from dalle.model_folder import write_index
@@ -60,12 +60,12 @@ def main() -> None:
                 parts |= recipes(source, name, arguments.hours)
             elif (arguments.model / name).is_dir():
                 shutil.copytree(arguments.model / name, folder / name)
-        weights.write_json(folder / "recipe.json", parts)
+        files.write_json(folder / "recipe.json", parts)
         write_index(folder, defaults)
         pipe = DallePipeline.from_pretrained(folder)
         pipe.name = "bundled"
         report = evaluate(pipe, pairs, folder)
-        weights.write_bytes(folder / "README.md", write_card(report, parts, art_card).encode())
+        files.write_bytes(folder / "README.md", write_card(report, parts, art_card).encode())
         for name in report["sheets"]:
             enlarge(folder / name, 2)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -80,9 +80,9 @@ def recipes(model: Path, part: str, hours: str) -> dict[str, Any]:
     """How a part of the model was trained: of a run from its settings, of a bundled model what it says itself."""
     told = model / "recipe.json"
     if told.is_file():
-        found: dict[str, Any] = weights.read_json(told)
+        found: dict[str, Any] = files.read_json(told)
         return found
-    return {part: {"recipe": weights.read_json(model / "run" / "config.json")["recipe"], "hours": hours}}
+    return {part: {"recipe": files.read_json(model / "run" / "config.json")["recipe"], "hours": hours}}
 
 
 def write_card(report: dict[str, Any], parts: dict[str, Any], art_card: str) -> str:

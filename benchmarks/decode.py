@@ -20,16 +20,16 @@ import time
 from pathlib import Path
 
 import torch
-from machine import bandwidth, gemm_peak
 from torch.utils.flop_counter import FlopCounterMode
 
 from dalle.attention import allowed_image_keys, layer_kinds
 from dalle.config import load_preset, validate
 from dalle.generation.decoder import Decoder
 from dalle.generation.engine import Engine, cache_bytes
-from dalle.generation.options import GenerationOptions
 from dalle.generation.precision import decode_threads, default_dtype, threads
+from dalle.generation.request import GenerationOptions
 from dalle.pipeline import DallePipeline
+from dalle.training.peaks import bandwidth, gemm_peak
 from dalle.training.recipe import Recipe, transformer_config
 from dalle.transformer import Transformer, TransformerConfig
 
@@ -127,7 +127,6 @@ def draw(model: str, n_rows: int, n_grid_rows: int, way: str, device: str) -> di
                 range(n_rows),
                 GenerationOptions(),
                 on_row_end=on_row_end,
-                rows_per_batch=n_rows,
             )
     if device == "cuda":
         peak = torch.cuda.max_memory_allocated()

@@ -74,14 +74,14 @@ class PaperStage(DVAEStage):
         if self.model.config.quantizer == "fsq":  # has no relaxation
             return super().validate()
         generator = torch.Generator(self.device).manual_seed(0)
-        sums = Reconstruction(self.model.config.n_codes)
+        sums = Reconstruction(self.model.config.n_codes, self.model.config.image_size)
         for pictures in torch.split(self.held_out, VALIDATION_BATCH):
             logits = self.model.encoder(map_pixels(pictures.to(self.device)))
             relaxed = gumbel_softmax(logits, FINAL_TEMPERATURE, generator)
             out = self.model.decoder(relaxed)[:, :3].float()
             sums.add_(pictures, unmap_pixels(torch.sigmoid(out)), logits.argmax(dim=1))
-        assert sums.psnr is not None
-        return {**super().validate(), "psnr_relaxed": sums.psnr}
+        assert sums.seen.psnr is not None
+        return {**super().validate(), "psnr_relaxed": sums.seen.psnr}
 
 
 def main() -> None:

@@ -31,8 +31,8 @@ Sampler = tuple[torch.nn.Module, Callable[[], object]]  # what holds the weights
 def ours(rows: int, grid: int, steps: int, dtype: torch.dtype, *, is_native: bool = False) -> Sampler:
     """This package: `Engine.generate`, as it is or with compiled C."""
     from dalle.generation.engine import Engine
-    from dalle.generation.options import GenerationOptions
     from dalle.generation.precision import decode_threads
+    from dalle.generation.request import GenerationOptions
     from dalle.transformer import Transformer, TransformerConfig
 
     config = TransformerConfig(
@@ -47,9 +47,7 @@ def ours(rows: int, grid: int, steps: int, dtype: torch.dtype, *, is_native: boo
     transformer = Transformer(config).eval().to(dtype)
     torch.set_num_threads(decode_threads(config.d_model, rows))
     engine, text = Engine(transformer, is_native=is_native), torch.randint(N_VOCAB, (1, N_TEXT))
-    return transformer.layers, lambda: engine.generate(
-        text, range(rows), GenerationOptions(top_k=TOP_K), rows_per_batch=rows
-    )
+    return transformer.layers, lambda: engine.generate(text, range(rows), GenerationOptions(top_k=TOP_K))
 
 
 def dalle_pytorch(

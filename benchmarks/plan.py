@@ -5,8 +5,9 @@
 
 Compared: the preset's transformer, the same at half its depth, and the same at twice its width; each measured in a process of
 its own (peak resident memory, median seconds of an update), on the machine's matrix rate and bandwidth measured just before.
-The shares of those peaks that the plan counts on are kept in dalle/training/devices.py; --calibrate prints them anew, from
-a profile of another model than those compared. Both need a quiet machine.
+The shares of those peaks that the plan counts on are kept in dalle/training/cpu.py, for three kinds of CPU; --calibrate
+prints this one's anew, from another model than those compared, operation by operation, in CPU seconds of one thread, which
+other work on the machine does not add to (--without-bfloat16: as a CPU without it). The comparison needs a quiet machine.
 """
 
 import argparse
@@ -14,29 +15,29 @@ import json
 import re
 import subprocess
 import sys
-from collections import defaultdict
+import time
 from typing import Any
 
 import torch
-from machine import bandwidth, gemm_peak
-from torch.profiler import ProfilerActivity, profile
-from train import arguments, in_a_process
+from torch.utils._python_dispatch import TorchDispatchMode
+from train import arguments, hide_bfloat16, in_a_process
 
-from dalle.config import load_preset, override, validate
-from dalle.training.cost import activations, parameters_by_part, transformer_flops
-from dalle.training.devices import (
-    EFFICIENCY,
+from dalle.generation.precision import DTYPES, default_dtype
+from dalle.training.cost import BACKWARD, parameters_by_part, transformer_flops
+from dalle.training.cpu import (
     HEAP,
-    LAYER_TRAFFIC,
-    LOGIT_TRAFFIC,
     OPTIMIZER_TRAFFIC,
     PROCESS_BYTES,
     Machine,
+    elementwise_bytes,
+    kind_of_cpu,
+    muon_flops,
+    plan_cpu,
 )
 from dalle.training.memory import keep_freed_memory
 from dalle.training.optim import OPTIMIZERS, MovingAverage
-from dalle.training.plan import muon_flops, plan_cpu
-from dalle.training.recipe import Recipe, transformer_config
+from dalle.training.peaks import Clock, bandwidth, gemm_peak
+from dalle.training.recipe import Recipe, load_recipe, transformer_config
 from dalle.transformer import Transformer, TransformerConfig
 
 # 4 layers x 384 on 40 + 100 tokens, none of those compared.
@@ -68,11 +69,21 @@ def variants(recipe: Recipe) -> dict[str, list[str]]:
     }
 
 
-def compare(given: argparse.Namespace) -> None:
+def this_machine(dtype: torch.dtype, clock: Clock = time.perf_counter) -> Machine:
+    """This CPU, asked for longer than `dalle plan` asks it."""
+    float32_flops = gemm_peak("cpu", torch.float32, largest=1024, clock=clock)
+    flops = float32_flops if dtype == torch.float32 else gemm_peak("cpu", dtype, clock=clock)
+    threads = torch.get_num_threads()
+    return Machine(flops, float32_flops, bandwidth(clock=clock), kind_of_cpu(dtype), threads)
+
+
+def compare(given: argparse.Namespace, dtype: torch.dtype) -> None:
     """Print one line a model: predicted over measured."""
-    machine = Machine(gemm_peak(), bandwidth())
+    machine = this_machine(dtype)
     about = {
+        "kind": machine.kind,
         "gemm_gflops": round(machine.flops / 1e9),
+        "float32_gflops": round(machine.float32_flops / 1e9),
         "gigabytes_a_second": round(machine.bandwidth / 1e9, 1),
     }
     status = subprocess.run(
@@ -80,9 +91,8 @@ def compare(given: argparse.Namespace) -> None:
     ).stdout
     about["process_mb"] = round(int(re.findall(r"VmHWM:\s*(\d+) kB", status)[0]) * 1024 / 1e6)
     print(json.dumps({**about, "threads": torch.get_num_threads()}), flush=True)
-    tree = override(load_preset(given.preset), given.settings)
-    for name, settings in variants(validate(Recipe, tree, given.preset)).items():
-        recipe = validate(Recipe, override(tree, settings), given.preset)
+    for name, settings in variants(load_recipe(given.preset, given.settings)).items():
+        recipe = load_recipe(given.preset, [*given.settings, *settings])
         row = plan_cpu(sizes_of(recipe), recipe.transformer_training, machine)
         assert row.speed is not None
         given.settings, kept = [*given.settings, *settings], given.settings
@@ -100,15 +110,48 @@ def compare(given: argparse.Namespace) -> None:
         print(json.dumps(line), flush=True)
 
 
-PROFILED = 6  # updates
+TIMED = 4  # updates
+PARTS = ("layers", "head_forward", "head_backward", "attention", "muon", "bytes")
 
 
-def seconds_by_class(recipe: Recipe) -> dict[str, float]:
-    """Seconds of an update of the calibration model, by the plan's parts.
+class Timed(TorchDispatchMode):
+    """Adds up the CPU seconds of this thread in each operation, by the plan's parts."""
 
-    Of each operation, told by its name and shapes, the fastest of all its calls counts: other work on the machine
-    disturbs it least.
-    """
+    def __init__(self, config: TransformerConfig, batch: int) -> None:
+        super().__init__()
+        self.config, self.batch = config, batch
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation."""
+        began = time.thread_time()
+        result = func(*args, **(kwargs or {}))
+        taken = time.thread_time() - began
+        shapes = [tuple(tensor.shape) for tensor in args if isinstance(tensor, torch.Tensor)]
+        self.seconds[self._part(func.overloadpacket.__name__, shapes)] += taken
+        return result
+
+    def _part(self, name: str, shapes: list[tuple[int, ...]]) -> str:
+        """The part of the plan that an operation belongs to, by its name and the shapes of its inputs."""
+        if name in ("bmm", "baddbmm"):
+            return "attention"
+        if name not in ("mm", "addmm"):
+            return "bytes"
+        config, shapes = self.config, [shape for shape in shapes if len(shape) == 2]
+        every = {size for shape in shapes for size in shape}
+        n_slots = {
+            self.batch * config.n_text_tokens: config.n_text_ids,
+            self.batch * config.n_image_tokens: config.n_image_vocab,
+        }
+        for rows, ids in n_slots.items():
+            if rows in every and ids in every:
+                is_forward = shapes[-2:] == [(rows, config.d_model), (config.d_model, ids)]
+                return "head_forward" if is_forward else "head_backward"
+        return "layers" if self.batch * (config.n_text_tokens + config.n_image_tokens) in every else "muon"
+
+
+def seconds_by_part(recipe: Recipe, dtype: torch.dtype) -> dict[str, float]:
+    """Seconds of an update of the calibration model, by the plan's parts."""
     keep_freed_memory()
     torch.manual_seed(0)
     config, training = sizes_of(recipe), recipe.transformer_training
@@ -120,81 +163,54 @@ def seconds_by_class(recipe: Recipe) -> dict[str, float]:
 
     def update() -> None:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             loss = model.loss(text, image).total
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         average.update(model, 1)
 
-    for _ in range(6):
+    for _ in range(3):
         update()
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
-        for _ in range(PROFILED):
+    with Timed(config, training.batch_size) as timed:
+        for _ in range(TIMED):
             update()
-    calls = defaultdict[tuple[str, str], list[Any]](list)
-    for event in found.events():
-        if not event.name.startswith(("autograd::", "Optimizer.")):
-            calls[event.name, str(event.input_shapes)].append(event)
-    taken = dict.fromkeys(EFFICIENCY, 0.0)
-    for events in calls.values():
-        fastest = min(event.self_cpu_time_total for event in events) / 1e6
-        taken[class_of(events[0], config, training.batch_size)] += fastest * len(events) / PROFILED
-    return taken
+    return {name: seconds / TIMED for name, seconds in timed.seconds.items()}
 
 
-def class_of(event: Any, config: TransformerConfig, batch: int) -> str:
-    """The part of the plan that an operation belongs to, by its name and the shapes of its inputs."""
-    if event.name == "aten::bmm":
-        return "attention"
-    if event.name not in ("aten::mm", "aten::addmm"):
-        return "bytes"
-    shapes = [tuple(shape) for shape in event.input_shapes if len(shape) == 2]
-    every = {size for shape in shapes for size in shape}
-    n_slots = {
-        batch * config.n_text_tokens: config.n_text_ids,
-        batch * config.n_image_tokens: config.n_image_vocab,
-    }
-    for rows, ids in n_slots.items():
-        if rows in every and ids in every:
-            is_forward = shapes[-2:] == [(rows, config.d_model), (config.d_model, ids)]
-            return "head_forward" if is_forward else "head_backward"
-    return "layers" if batch * (config.n_text_tokens + config.n_image_tokens) in every else "muon"
-
-
-def calibrate(given: argparse.Namespace) -> None:
-    """Print the shares of the peaks that each part of an update reaches."""
-    recipe = validate(
-        Recipe, override(load_preset(given.preset), [*CALIBRATION, *given.settings]), "calibration"
-    )
+def calibrate(given: argparse.Namespace, dtype: torch.dtype) -> None:
+    """Print the shares of the peaks that each part of an update reaches, on one thread."""
+    torch.set_num_threads(1)
+    recipe = load_recipe(given.preset, [*CALIBRATION, *given.settings])
     config, training = sizes_of(recipe), recipe.transformer_training
-    machine = Machine(gemm_peak(), bandwidth())
+    machine = this_machine(dtype, time.thread_time)
     batch, flops = training.batch_size, transformer_flops(config)
     n_stream = config.n_text_tokens + config.n_image_tokens
-    logits = config.n_text_tokens * config.n_text_ids + config.n_image_tokens * config.n_image_vocab
-    elementwise = LAYER_TRAFFIC * config.n_layers * activations(config, "cpu").layer + LOGIT_TRAFFIC * logits
+    attention = 4 * config.d_model * config.n_layers * n_stream**2
+    moved = batch * elementwise_bytes(config, machine.n_bytes)
+    moved += OPTIMIZER_TRAFFIC * sum(parameters_by_part(config).values())
     at_peak = {
-        "layers": 3 * batch * flops.layers / machine.flops,
-        "head_forward": batch * flops.heads / machine.flops,
-        "head_backward": 2 * batch * flops.heads / machine.flops,
-        "attention": 3 * batch * 4 * config.d_model * config.n_layers * n_stream**2 / machine.flops,
+        "layers": (1 + BACKWARD) * batch * flops.layers / machine.flops,
+        "head_forward": batch * flops.heads / machine.float32_flops,
+        "head_backward": BACKWARD * batch * flops.heads / machine.flops,
+        "attention": (1 + BACKWARD) * batch * attention / machine.flops,
         "muon": muon_flops(config, training) / machine.flops,
-        "bytes": (batch * elementwise + OPTIMIZER_TRAFFIC * sum(parameters_by_part(config).values()))
-        / machine.bandwidth,
+        "bytes": moved / machine.bandwidth,
     }
-    taken = seconds_by_class(recipe)
+    taken = seconds_by_part(recipe, dtype)
     given.settings, given.updates = [*CALIBRATION, *given.settings], 4
     grown = in_a_process("transformer", "now", given)["bytes"]
     given.preset, given.settings = "tiny", []
     process = in_a_process("transformer", "now", given)["bytes"]  # whose own tensors count for nothing
     alive = (plan_cpu(config, training, machine).memory.total - PROCESS_BYTES) / HEAP
     heap = (grown - process) / alive
-    line = {"process_gb": round(process / 1e9, 2), "kept": PROCESS_BYTES / 1e9}
+    line: dict[str, object] = {"kind": machine.kind, "machine": str(machine)}
+    line |= {"process_gb": round(process / 1e9, 2), "kept": PROCESS_BYTES / 1e9}
     print(json.dumps({**line, "heap": round(heap, 2), "kept_heap": HEAP}), flush=True)
     for name, ideal in at_peak.items():
         seconds = taken[name]
         line = {"part": name, "ms": round(1e3 * seconds, 1), "efficiency": round(ideal / seconds, 2)}
-        print(json.dumps({**line, "kept": EFFICIENCY[name]}), flush=True)
+        print(json.dumps({**line, "kept": getattr(machine.efficiency, name)}), flush=True)
 
 
 def main() -> None:
@@ -203,7 +219,9 @@ def main() -> None:
     parser.add_argument("--calibrate", action="store_true")
     given = parser.parse_args()
     given.device = "cpu"
-    (calibrate if given.calibrate else compare)(given)
+    hide_bfloat16(given)
+    dtype = default_dtype("cpu") if given.dtype == "auto" else DTYPES[given.dtype]
+    (calibrate if given.calibrate else compare)(given, dtype)
 
 
 if __name__ == "__main__":

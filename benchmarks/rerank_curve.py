@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dalle import weights
+from dalle import files
 from dalle.data.pairs import read_pairs
 from dalle.evaluation.protocols import decode
 from dalle.evaluation.ranking import best_of
@@ -52,7 +52,7 @@ def main() -> None:
     rows = best_of(torch.stack(by_ranker), torch.stack(by_judge), counts)
     report = {"model_sha256": pipe.model_sha256, "captions": captions, "rows": rows}
     arguments.out.mkdir(parents=True, exist_ok=True)
-    weights.write_json(arguments.out / "rerank_curve.json", report)
+    files.write_json(arguments.out / "rerank_curve.json", report)
     plot(rows, arguments.out / "rerank_curve.png")
     for row in rows:
         print(json.dumps(row))

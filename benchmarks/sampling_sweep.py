@@ -12,7 +12,7 @@ from pathlib import Path
 from dalle.data.pairs import read_pairs
 from dalle.evaluation.protocols import PictureReader, draw, nearest_of_100, zero_shot_rows
 from dalle.evaluation.sheets import spread
-from dalle.generation.options import GenerationOptions
+from dalle.generation.request import GenerationOptions
 from dalle.pipeline import DallePipeline
 
 SETTINGS = [  # temperature, guidance

@@ -1,14 +1,17 @@
-"""How fast each stage of a preset trains: achieved model FLOP/s over the machine's best bf16 matrix product.
+"""How fast each stage of a preset trains: achieved model FLOP/s over the machine's best product of the same dtype.
 
     python benchmarks/train.py [--preset laptop] [--stages dvae,transformer,clip] [--updates 8] [--device cuda] [--variants]
+    python benchmarks/train.py --stages transformer --without-bfloat16     # as on a CPU without native bfloat16
 
 One JSON line a stage, fresh weights on random data, since speed depends on sizes alone: the best of two rounds in
 turns, each the median of its updates, each in a process of its own. An update is forward, backward, clipping,
 optimizer and moving average. `share_of_gemm` is the model's own FLOPs (`dalle.training.cost`: the mask's own pairs,
 nothing recomputed, neither optimizer nor average) over what the best product measured in the same run would do in that
-time. With --variants the transformer also as it would be without what helps it on a CPU: `default_allocator` (glibc
-hands freed memory back, see dalle/training/memory.py); `masked_attention` (PyTorch's fused attention in place of the
-score matrix); `fp32_heads` (no bf16 in the heads' backward).
+time. One thread (OMP_NUM_THREADS=1) is timed by the CPU seconds that it computes, so that other work on the machine hardly
+counts. `update_over_passes` is what a whole update costs over its forward and backward pass, the median over updates.
+With --variants the transformer also as it would be without what helps it on a CPU: `default_allocator` (glibc hands
+freed memory back, see dalle/training/memory.py); `masked_attention` (PyTorch's fused attention in place of the score
+matrix); `fp32_heads` (no bf16 in the heads' backward).
 """
 
 import argparse
@@ -23,21 +26,29 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from machine import gemm_peak
 
 from dalle import attention, transformer
 from dalle.clip import CLIP
-from dalle.config import load_preset, override, validate
 from dalle.dvae import DiscreteVAE
+from dalle.generation.precision import DTYPES, default_dtype, dtype_name
 from dalle.training.cost import BACKWARD, clip_flops, dvae_flops, transformer_flops
+from dalle.training.cpu import kind_of_cpu
 from dalle.training.distributed import Layout
 from dalle.training.memory import keep_freed_memory
 from dalle.training.optim import OPTIMIZERS, MovingAverage
-from dalle.training.recipe import Optimization, Recipe, clip_config, transformer_config
+from dalle.training.peaks import gemm_peak
+from dalle.training.recipe import (
+    Optimization,
+    Recipe,
+    clip_config,
+    load_recipe,
+    transformer_config,
+)
 from dalle.transformer import Transformer
 
 STAGES = ("dvae", "transformer", "clip")
 VARIANTS = ("default_allocator", "masked_attention", "fp32_heads")
+CLOCKS = {False: time.perf_counter, True: time.process_time}
 WARM_UP = 3  # updates before the clock starts: the allocator has to learn the blocks' sizes
 
 
@@ -84,7 +95,9 @@ def workload(
     return clip, training, loss, (1 + BACKWARD) * clip_flops(sizes) * training.batch_size
 
 
-def measure(recipe: Recipe, stage: str, variant: str, device: torch.device, updates: int) -> dict[str, float]:
+def measure(
+    recipe: Recipe, stage: str, variant: str, device: torch.device, dtype: torch.dtype, updates: int
+) -> dict[str, float]:
     """Median seconds of an update and of its parts, and the process's largest memory (on a GPU: the GPU's)."""
     if device.type == "cpu" and variant != "default_allocator":
         keep_freed_memory()
@@ -103,7 +116,7 @@ def measure(recipe: Recipe, stage: str, variant: str, device: torch.device, upda
             faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         began = clock(device)
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             loss = loss_of()
         forward = clock(device)
         loss.backward()
@@ -116,10 +129,12 @@ def measure(recipe: Recipe, stage: str, variant: str, device: torch.device, upda
             parts[name].append(seconds)
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
     taken = [sum(times) for times in zip(*parts.values(), strict=True)][WARM_UP:]
+    passes = [sum(times) for times in zip(parts["forward"], parts["backward"], strict=True)][WARM_UP:]
     peak = 1024 * int(re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[0])
     return {
         "seconds": statistics.median(taken),
         **{name: statistics.median(times[WARM_UP:]) for name, times in parts.items()},
+        "over_passes": statistics.median(whole / part for whole, part in zip(taken, passes, strict=True)),
         "faults": faults / updates,
         "flops": flops,
         "rows": training.batch_size,
@@ -128,16 +143,17 @@ def measure(recipe: Recipe, stage: str, variant: str, device: torch.device, upda
 
 
 def clock(device: torch.device) -> float:
-    """The time when the device has done all it was given."""
+    """The time when the device has done all it was given; of one CPU thread, the seconds that it has computed."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter()
+    return CLOCKS[torch.get_num_threads() == 1 and device.type == "cpu"]()
 
 
 def in_a_process(stage: str, variant: str, given: argparse.Namespace) -> dict[str, float]:
     """`measure` in a process of its own: an allocator cannot be changed back, and memory only grows."""
     command = [sys.executable, __file__, "--preset", given.preset, "--updates", str(given.updates)]
-    command += ["--device", given.device, "--stages", stage, "--measure", variant]
+    command += ["--device", given.device, "--dtype", given.dtype, "--stages", stage, "--measure", variant]
+    command += ["--without-bfloat16"] if given.without_bfloat16 else []
     for setting in given.settings:
         command += ["--set", setting]
     found: dict[str, float] = json.loads(
@@ -153,8 +169,25 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--stages", default=",".join(STAGES))
     parser.add_argument("--updates", type=int, default=8)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument(
+        "--without-bfloat16", action="store_true", help="hide the CPU's native bfloat16: auto is float32 then"
+    )
     parser.add_argument("--set", dest="settings", action="append", default=[], help="override a setting, k=v")
     return parser
+
+
+def hide_bfloat16(given: argparse.Namespace) -> None:
+    """Let this process take its CPU for one without native bfloat16, if that was asked for."""
+    if given.without_bfloat16:
+        torch.cpu.get_capabilities = dict
+
+
+def cpu_name() -> str:
+    """What the system calls this CPU; empty where it does not say."""
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.*)", path.read_text()) if path.is_file() else None
+    return found[1] if found else ""
 
 
 def main() -> None:
@@ -163,11 +196,13 @@ def main() -> None:
     parser.add_argument("--variants", action="store_true", help="the transformer without what helps it")
     parser.add_argument("--measure", choices=("now", *VARIANTS), help=argparse.SUPPRESS)
     given = parser.parse_args()
+    hide_bfloat16(given)
     device = torch.device(given.device)
-    recipe = validate(Recipe, override(load_preset(given.preset), given.settings), given.preset)
+    dtype = default_dtype(device) if given.dtype == "auto" else DTYPES[given.dtype]
+    recipe = load_recipe(given.preset, given.settings)
     stages = [stage for stage in given.stages.split(",") if stage != "clip" or recipe.clip is not None]
     if given.measure:
-        print(json.dumps(measure(recipe, stages[0], given.measure, device, given.updates)))
+        print(json.dumps(measure(recipe, stages[0], given.measure, device, dtype, given.updates)))
         return
     runs = [(stage, "now") for stage in stages]
     runs += [("transformer", variant) for variant in VARIANTS if given.variants]
@@ -177,8 +212,12 @@ def main() -> None:
             found = in_a_process(*run, given)
             if run not in best or found["seconds"] < best[run]["seconds"]:
                 best[run] = found
-    peak = gemm_peak(device)
-    about = {"preset": given.preset, "device": device.type, "threads": torch.get_num_threads()}
+    is_alone = torch.get_num_threads() == 1 and device.type == "cpu"
+    peak = gemm_peak(device, dtype, largest=1024 if is_alone else 4096, clock=CLOCKS[is_alone])
+    about = {"preset": given.preset, "device": device.type, "dtype": dtype_name(dtype)}
+    if device.type == "cpu":
+        about |= {"kind": kind_of_cpu(dtype), "name": cpu_name(), "threads": torch.get_num_threads()}
+        about["clock"] = "cpu seconds" if is_alone else "wall"
     print(json.dumps({**about, "torch": torch.__version__, "gemm_gflops": round(peak / 1e9)}))
     for (stage, variant), found in best.items():
         row = {
@@ -186,6 +225,7 @@ def main() -> None:
             "variant": variant,
             "ms_an_update": round(1e3 * found["seconds"]),
             **{f"ms_{name}": round(1e3 * found[name]) for name in ("forward", "backward", "optimizer")},
+            "update_over_passes": round(found["over_passes"], 2),
             "pictures_a_second": round(found["rows"] / found["seconds"], 1),
             "achieved_gflops": round(found["flops"] / found["seconds"] / 1e9, 1),
             "share_of_gemm": round(found["flops"] / peak / found["seconds"], 3),

@@ -10,6 +10,7 @@ width, E width of the shared embedding. Images are float in [0, 1].
 
 import math
 from collections import OrderedDict
+from os import PathLike
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dalle.config import Config, validate
-from dalle.weights import load_component, load_strict, save_component
+from dalle.weights import load_module, load_strict, save_component
 
 HEAD_WIDTH = 64  # of every attention head in all released models
 MAX_LOGIT_SCALE = math.log(100)  # §2.5: "clipped to prevent scaling the logits by more than 100"
@@ -403,12 +404,9 @@ class CLIP(nn.Module):
         return model
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
+    def from_pretrained(cls, folder: str | PathLike[str]) -> Self:
         """Read config.json and model.safetensors of a component folder; ValueError when they are damaged."""
-        config, tensors = load_component(Path(folder), CLIPConfig)
-        model = cls(config)
-        load_strict(model, tensors, "clip")
-        return model.eval()
+        return load_module(folder, CLIPConfig, cls, "clip")
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors to a component folder."""

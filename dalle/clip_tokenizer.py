@@ -14,6 +14,7 @@ import html
 import json
 import zlib
 from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
 
 import ftfy
@@ -22,7 +23,7 @@ import numpy.typing as npt
 import tokenizers
 from tokenizers import Regex, models, pre_tokenizers
 
-from dalle import weights
+from dalle import files
 
 N_MERGES = 48_894  # of the file's 262,144 lines: 49,152 - 256 - 2
 END_OF_WORD = "</w>"
@@ -84,10 +85,10 @@ class CLIPTokenizer:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the merges, one a line."""
         lines = "".join(f"{left} {right}\n" for left, right in self.merges)
-        weights.write_bytes(Path(folder) / MERGES, lines.encode())
+        files.write_bytes(Path(folder) / MERGES, lines.encode())
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, max_tokens: int = 77) -> CLIPTokenizer:
+    def from_pretrained(cls, folder: str | PathLike[str], max_tokens: int = 77) -> CLIPTokenizer:
         """Read what `save_pretrained` wrote; ValueError when it is missing or damaged."""
         path = Path(folder) / MERGES
         return cls(_merges_of(_read(path).decode(), path), max_tokens)

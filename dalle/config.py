@@ -52,7 +52,7 @@ def load_preset(name: str) -> dict[str, Any]:
 
 
 def override(tree: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
-    """Return a copy of `tree` with each `a.b=c` set in turn; c is TOML if it parses as a value, else text.
+    """Return a copy of `tree` with each `a.b=c` set in turn; c is none or null, a value as in TOML, or else text.
 
     Raises ValueError for an assignment without a key or `=`, and for a path that runs through a plain value.
     Whether the keys exist is for `validate` to say.
@@ -84,14 +84,25 @@ def validate(schema: type[C], tree: Mapping[str, Any], source: str) -> C:
         return schema.model_validate(plain)
     except ValidationError as error:
         details = error.errors(include_url=False)
-    unknown = [detail for detail in details if detail["type"] == "extra_forbidden"]
-    if unknown:
-        problems = [_unknown_key(schema, _path(plain, detail)) for detail in unknown]
-    else:
-        problems = _wrong_values(plain, details)
+    problems = _problems(schema, plain, details)
     shown = "; ".join(dict.fromkeys(problems[:3]))
     more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
     raise ValueError(f"{source}: {shown}{more}")
+
+
+def explain(schema: type[Config], tree: Mapping[str, Any], error: ValidationError) -> tuple[str, str]:
+    """Return the first key at fault in what `schema` refused, and one line about it, as `validate` would write it."""
+    plain, details = _plain(tree), error.errors(include_url=False)
+    first = next((detail for detail in details if detail["type"] == "extra_forbidden"), details[0])
+    path = _path(plain, first)
+    return str(path[0]) if path else "", _problems(schema, plain, details)[0]
+
+
+def _problems(schema: type[Config], plain: Any, details: Sequence[ErrorDetails]) -> list[str]:
+    unknown = [detail for detail in details if detail["type"] == "extra_forbidden"]
+    if unknown:
+        return [_unknown_key(schema, _path(plain, detail)) for detail in unknown]
+    return _wrong_values(plain, details)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -140,6 +151,8 @@ def read_toml(file: Traversable, source: str) -> dict[str, Any]:
 
 
 def _toml_value(text: str) -> Any:
+    if text in ("none", "null"):  # TOML has no word for it; in quotes they are text
+        return None
     try:
         parsed = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):
@@ -151,9 +164,11 @@ def _toml_value(text: str) -> Any:
 def _unknown_key(schema: type[Config], path: Sequence[str | int]) -> str:
     keys = list(_keys(schema))
     key = _dotted(path)
-    near = difflib.get_close_matches(key, keys, n=1)
-    if not near:  # a right name in a wrong table, far away by spelling
-        near = [valid for valid in keys if valid.split(".")[-1] == path[-1]]
+    # A right name in a wrong table comes first where the tables are alike: transformer.steps, transformer_training.steps.
+    namesakes = [valid for valid in keys if valid.split(".")[-1] == path[-1]]
+    table = str(path[0])
+    near = [name for name in namesakes if name.startswith(table) or table.startswith(name.split(".")[0])]
+    near = near or difflib.get_close_matches(key, keys, n=1) or namesakes
     if near:
         return f"{key} is not a setting; did you mean {near[0]}?"
     return f"{key} is not a setting; the settings are {', '.join(schema.model_fields)}"

@@ -3,32 +3,35 @@
 Source: Ramesh et al. 2021, §2.1 and App. A.1-A.3, and OpenAI's released `dall_e` package, whose parameter
 names the paper trunk keeps. Finite scalar quantization: Mentzer et al. 2023 (arXiv 2309.15505), §3, App. A.1.
 
-Shapes: B batch, H = W image side, G = H / 8 grid side, K codes, D channels of the quantizer's latent
-(K for gumbel, one per level for FSQ). Images are float in [0, 1] unless a line says "mapped".
+Shapes: B batch, H = W image side, G = H / 8 grid side, S side of a decoded image (H in the paper), K codes, D channels
+of the quantizer's latent (K for gumbel, one per level for FSQ). Images are float in [0, 1] unless a line says "mapped".
 """
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
+from os import PathLike
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dalle.config import Config
-from dalle.weights import load_component, load_strict, save_component
+from dalle.weights import load_module, save_component
 
 DOWNSAMPLING = 8  # image side / grid side; three 2x poolings (§2.1)
 PIXEL_MARGIN = 0.1  # eps of App. A.3, eq. 3: pixels are squeezed into [eps, 1 - eps]
 MAX_LN_B = 3.0  # differs: not clamped in the paper
 L1_WEIGHT = 0.05  # of "mse_l1": squared error decides, the absolute error keeps flat areas exactly flat
 N_NORM_GROUPS = 8  # of the light trunk's GroupNorm
+# What the light trunk's resolutions are called, relative to the image side; a decoder has as many as it has widths.
+RESOLUTIONS = ("eighth", "quarter", "half_scale", "full_scale")
 
 PositiveInt = Annotated[int, Field(gt=0)]
 
@@ -48,6 +51,23 @@ class DVAEConfig(Config):
     d_hidden: PositiveInt  # base width, a multiple of 8 (paper: n_hid = 256)
     d_code: PositiveInt  # width of a code vector in the decoder (paper: n_init = 128)
     n_blocks: PositiveInt  # residual blocks per group (paper: 2) or per resolution (light)
+    # The light trunk's decoder may be larger than its encoder, and draw more pixels than that reads: tokens say what,
+    # it draws how. differs: the paper's decoder mirrors its encoder.
+    output_size: PositiveInt = Field(
+        default_factory=lambda given: given.get("image_size", 0)
+    )  # pixels a side
+    decoder_widths: tuple[PositiveInt, ...] = ()  # at G, 2G, ...: multiples of 8; (): 2 * d_hidden, d_hidden
+    decoder_blocks: PositiveInt | None = None  # residual blocks per resolution of the decoder; None: n_blocks
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out a decoder's own sizes where it has none, as in the files of models older than these fields."""
+        tree: dict[str, Any] = serialize(self)
+        if self.output_size == self.image_size:
+            del tree["output_size"]
+        return {
+            key: tree[key] for key in tree if key not in ("decoder_widths", "decoder_blocks") or tree[key]
+        }
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
@@ -69,10 +89,66 @@ class DVAEConfig(Config):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _decoder_fits(self) -> Self:
+        widths, side = self.decoder_widths, self.output_size
+        if self.trunk == "paper":
+            if side != self.image_size or widths or self.decoder_blocks:
+                raise ValueError(
+                    "output_size, decoder_widths and decoder_blocks belong to trunk light; the paper's decoder mirrors "
+                    "its encoder: leave them out"
+                )
+            return self
+        if len(widths) > len(RESOLUTIONS) or any(width % N_NORM_GROUPS for width in widths):
+            raise ValueError(
+                f"decoder_widths is {list(widths)}; it holds at most {len(RESOLUTIONS)} multiples of {N_NORM_GROUPS}"
+            )
+        if self.last_shuffle not in (1, 2, 4, 8) or side < self.image_size:
+            allowed = [
+                n for n in (self._last_side * shuffle for shuffle in (1, 2, 4, 8)) if n >= self.image_size
+            ]
+            raise ValueError(
+                f"output_size is {side}; a decoder whose last width works at {self._last_side} px draws "
+                f"{' or '.join(map(str, allowed)) or 'less than it reads: add widths'}"
+            )
+        return self
+
     @property
     def grid_size(self) -> int:
         """Tokens a side, G."""
         return self.image_size // DOWNSAMPLING
+
+    @property
+    def light_widths(self) -> tuple[int, ...]:
+        """Widths of the light trunk's decoder at G, 2G, ... pixels a side."""
+        return self.decoder_widths or (2 * self.d_hidden, self.d_hidden)
+
+    @property
+    def light_blocks(self) -> int:
+        """Residual blocks per resolution of the light trunk's decoder."""
+        return self.decoder_blocks or self.n_blocks
+
+    @property
+    def last_shuffle(self) -> float:
+        """Factor of the light decoder's last pixel shuffle."""
+        return self.output_size / self._last_side
+
+    @property
+    def _last_side(self) -> int:
+        return int(self.grid_size * 2 ** (len(self.light_widths) - 1))
+
+    def draws_as(self, other: Self) -> bool:
+        """Whether the light decoders of two configs have the same sizes."""
+        own, others = (
+            (config.output_size, config.light_widths, config.light_blocks) for config in (self, other)
+        )
+        return own == others
+
+    def mirrored(self) -> Self:
+        """The same encoder and codes with the decoder that mirrors it: what the codes are learned with."""
+        return self.model_copy(
+            update={"output_size": self.image_size, "decoder_widths": (), "decoder_blocks": None}
+        )
 
 
 # --- pixels and their likelihood (App. A.3) ---
@@ -86,6 +162,14 @@ def map_pixels(images: Tensor) -> Tensor:
 def unmap_pixels(mapped: Tensor) -> Tensor:
     """Undo `map_pixels` and clamp to [0, 1]."""
     return ((mapped - PIXEL_MARGIN) / (1 - 2 * PIXEL_MARGIN)).clamp(0, 1)
+
+
+def relaxed_pixels(out: Tensor) -> Tensor:
+    """Images (B, 3, S, S) of what the decoder gives, (B, 6, S, S): beyond [0, 1] by a little where it overshoots.
+
+    For losses: a clamp would stop the gradient there.
+    """
+    return (torch.sigmoid(out[:, :3].float()) - PIXEL_MARGIN) / (1 - 2 * PIXEL_MARGIN)
 
 
 def logit_laplace_nll(mapped: Tensor, mu: Tensor, ln_b: Tensor) -> Tensor:
@@ -304,22 +388,27 @@ def light_encoder(config: DVAEConfig, n_out: int) -> nn.Sequential:
 
 
 def light_decoder(config: DVAEConfig, n_latent: int) -> nn.Sequential:
-    """The mirror of `light_encoder`, (B, n_latent, G, G) -> (B, 6, H, W)."""
-    d, n_blocks = config.d_hidden, config.n_blocks
-    return nn.Sequential(
-        OrderedDict[str, nn.Module](
-            input=Conv2d(n_latent, config.d_code, 1, is_fp32=True),
-            layout=ChannelsLast(),
-            widen=Conv2d(config.d_code, 2 * d, 3),
-            eighth=nn.Sequential(*(LightBlock(2 * d, n_blocks) for _ in range(n_blocks))),
-            up=nn.Sequential(Conv2d(2 * d, 4 * d, 1), nn.PixelShuffle(2)),  # (B, d, H/4, W/4)
-            quarter=nn.Sequential(*(LightBlock(d, n_blocks) for _ in range(n_blocks))),
-            norm=nn.GroupNorm(N_NORM_GROUPS, d),
-            silu=nn.SiLU(),
-            output=Conv2d(d, 96, 3),
-            shuffle=nn.PixelShuffle(4),  # (B, 6, H, W)
-        )
+    """A cheap decoder, (B, n_latent, G, G) -> (B, 6, S, S): by default the mirror of `light_encoder`.
+
+    Blocks at G, 2G, ..., each as wide as the config says, then one pixel shuffle to the output.
+    """
+    widths, n_blocks = config.light_widths, config.light_blocks
+    layers = OrderedDict[str, nn.Module](
+        input=Conv2d(n_latent, config.d_code, 1, is_fp32=True),
+        layout=ChannelsLast(),
+        widen=Conv2d(config.d_code, widths[0], 3),
     )
+    for i, (name, width) in enumerate(zip(RESOLUTIONS, widths, strict=False)):
+        if i:  # (B, width, 2G, 2G), then twice that
+            up = nn.Sequential(Conv2d(widths[i - 1], 4 * width, 1), nn.PixelShuffle(2))
+            layers["up" if i == 1 else f"up_{name}"] = up
+        layers[name] = nn.Sequential(*(LightBlock(width, n_blocks) for _ in range(n_blocks)))
+    shuffle = int(config.last_shuffle)
+    layers["norm"] = nn.GroupNorm(N_NORM_GROUPS, widths[-1])
+    layers["silu"] = nn.SiLU()
+    layers["output"] = Conv2d(widths[-1], 6 * shuffle**2, 3)
+    layers["shuffle"] = nn.PixelShuffle(shuffle)  # (B, 6, S, S)
+    return nn.Sequential(layers)
 
 
 class Encoder(nn.Module):
@@ -338,7 +427,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(Relaxed) one-hot codes (B, K, G, G) -> (B, 6, H, W): mu of R, G, B, then ln b of R, G, B."""
+    """(Relaxed) one-hot codes (B, K, G, G) -> (B, 6, S, S): mu of R, G, B, then ln b of R, G, B."""
 
     def __init__(self, config: DVAEConfig) -> None:
         super().__init__()
@@ -384,7 +473,7 @@ class DiscreteVAE(nn.Module):
         return latents.argmax(dim=1)  # (B, G, G)
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] of tokens (B, G, G) in [0, K); ValueError for others."""
+        """Images (B, 3, S, S) in [0, 1] of tokens (B, G, G) in [0, K); ValueError for others."""
         grid, n_codes = self.config.grid_size, self.config.n_codes
         if tokens.ndim != 3 or tokens.shape[1:] != (grid, grid):
             shape = tuple(tokens.shape)
@@ -396,19 +485,29 @@ class DiscreteVAE(nn.Module):
         return self.pixels(self.decoder.from_tokens(tokens))
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Encode images (B, 3, H, W) in [0, 1] to hard tokens and decode them again."""
+        """Encode images (B, 3, H, W) in [0, 1] to hard tokens and decode them: (B, 3, S, S)."""
         return self.decode(self.encode(images))
 
     def loss(
-        self, images: Tensor, *, temperature: float, kl_weight: float, generator: torch.Generator | None
+        self,
+        images: Tensor,
+        *,
+        temperature: float,
+        kl_weight: float,
+        generator: torch.Generator | None,
+        distance: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Negative ELBO of images (B, 3, H, W) in [0, 1], nats per sub-pixel, and its parts (App. A.2).
 
         (reconstruction summed over 3HW + kl_weight * KL summed over G² cells) / 3HW, averaged over the batch.
         The metrics, all detached: `reconstruction` (per sub-pixel), `kl` (nats per cell; 0 for FSQ), `mse` of
         the training path in [0, 1], `perplexity` of the code use within this batch (1 to K).
-        `temperature`, `kl_weight` and `generator` concern the gumbel quantizer only.
+        `temperature`, `kl_weight` and `generator` concern the gumbel quantizer only. `distance` of the
+        reconstructions from the images is added, and a metric too (differs: the paper has its likelihood alone).
+        A decoder that draws more pixels than the encoder reads is no part of this bound: see
+        `dalle.training.decoder`.
         """
+        assert self.config.output_size == self.config.image_size
         latents = self._latents(images)  # (B, D, G, G)
         if self.encoder.fsq:
             codes = self.encoder.fsq.quantize(latents)
@@ -427,15 +526,15 @@ class DiscreteVAE(nn.Module):
             mse = F.mse_loss(self.pixels(out.detach()), images.float())
             perplexity = torch.exp(torch.special.entr(code_use).sum())
         metrics = {"reconstruction": reconstruction, "kl": kl, "mse": mse, "perplexity": perplexity}
+        if distance is not None:
+            metrics["distance"] = distance(relaxed_pixels(out), images)
+            total = total + metrics["distance"]
         return total, {name: value.detach() for name, value in metrics.items()}
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
+    def from_pretrained(cls, folder: str | PathLike[str]) -> Self:
         """Read config.json and model.safetensors of a component folder; ValueError when they are damaged."""
-        config, tensors = load_component(Path(folder), DVAEConfig)
-        model = cls(config)
-        load_strict(model, tensors, "dvae")
-        return model.eval()
+        return load_module(folder, DVAEConfig, cls, "dvae")
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors to a component folder."""
@@ -455,11 +554,10 @@ class DiscreteVAE(nn.Module):
             return logit_laplace_nll(
                 map_pixels(images), mu, ln_b.clamp(self.config.min_ln_b, MAX_LN_B)
             ).mean()
-        # not clamped to [0, 1]: a clamp would stop the gradient of every pixel that overshoots
-        error = (torch.sigmoid(mu) - PIXEL_MARGIN) / (1 - 2 * PIXEL_MARGIN) - images
+        error = relaxed_pixels(out) - images
         return error.square().mean() + L1_WEIGHT * error.abs().mean()
 
     @staticmethod
     def pixels(out: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] of what the decoder gives, (B, 6, H, W)."""
+        """Images (B, 3, S, S) in [0, 1] of what the decoder gives, (B, 6, S, S)."""
         return unmap_pixels(torch.sigmoid(out[:, :3].float()))  # ln b plays no part (App. A.3)

@@ -9,7 +9,6 @@ resized to.
 """
 
 import contextlib
-import functools
 import io
 import json
 import math
@@ -23,14 +22,12 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
+from torch.nn import functional as F
 
-from dalle import __version__, weights
-from dalle.picture_metadata import to_srgb, without_texts
+from dalle import __version__, files
+from dalle.picture_files import FORMATS, installed, png_without_texts, to_srgb
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # of pictures that strangers may send
-DATA_FORMATS = (*FORMATS, "TIFF", "AVIF", "HEIF")  # of one's own data; HEIF with pillow-heif
 MAX_PIXELS = 64_000_000  # a photograph has up to about 50 million; a bomb has billions
-MAX_PNG = 2**28  # bytes of a file that is read again without its texts
 MAX_RECIPE = 1_000_000  # characters of the `dalle` chunk; PNG readers stop at 1 MiB of text
 PIXELS_PER_TOKEN = 8  # side of the square that one image token stands for (paper §2.1)
 
@@ -49,11 +46,11 @@ def open_image(
     path, when the file is missing, of a format that is not in `formats`, too large, truncated or corrupt.
     """
     name = _name(source)
-    formats = _installed(formats)
+    formats = installed(formats)
     try:
         return _read(source, name, formats, max_pixels)
     except ValueError as error:
-        png = _png_with_long_texts(source)
+        png = png_without_texts(source)
         if png is None:
             raise
         try:
@@ -70,42 +67,6 @@ def _read(
         if profile is not None:
             image.info["icc_profile"] = profile
         return _to_rgb(to_srgb(ImageOps.exif_transpose(image)))
-
-
-def _png_with_long_texts(source: Source) -> tuple[bytes, bytes | None] | None:
-    """A PNG that could not be read, without its texts, and its profile; None for what is no PNG."""
-    try:
-        if isinstance(source, (Path, str)):
-            is_large = Path(source).stat().st_size > MAX_PNG
-            data = b"" if is_large else Path(source).read_bytes()
-        elif isinstance(source, bytes):
-            data = source
-        else:
-            source.seek(0)
-            data = source.read()
-    except (OSError, ValueError):
-        return None
-    return without_texts(data)
-
-
-@functools.cache
-def _installed(formats: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of some formats that this Pillow reads: AVIF and HEIF are not in all of them."""
-    if "HEIF" in formats:
-        reads_heif()
-    Image.init()
-    return tuple(name for name in formats if name in Image.OPEN)
-
-
-@functools.cache
-def reads_heif() -> bool:
-    """Whether HEIC pictures can be read: pillow-heif is installed, and Pillow knows it from now on."""
-    try:
-        import pillow_heif
-    except ImportError:
-        return False
-    pillow_heif.register_heif_opener()
-    return True
 
 
 def open_mask(source: Source, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -253,6 +214,18 @@ def near_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Image.
     return center_crop(_crop(image, left, top, side), size)
 
 
+def shifted(image: Image.Image, most: int, rng: np.random.Generator) -> Image.Image:
+    """Move an RGB picture by up to `most` whole pixels each way; what comes in repeats the pixels of the edge.
+
+    Not in the paper: unlike a crop it resamples nothing, and small pictures keep their sharp edges.
+    """
+    right, down = (int(rng.integers(-most, most + 1)) for _ in range(2))
+    padding = ((max(down, 0), max(-down, 0)), (max(right, 0), max(-right, 0)), (0, 0))
+    pixels = np.pad(np.asarray(image), padding, mode="edge")
+    top, left = max(-down, 0), max(-right, 0)
+    return Image.fromarray(np.ascontiguousarray(pixels[top : top + image.height, left : left + image.width]))
+
+
 def resize_area(
     pixels: npt.NDArray[np.uint8], height: int, width: int, *, align_corners: bool
 ) -> npt.NDArray[np.float32]:
@@ -264,6 +237,20 @@ def resize_area(
     """
     rows = _average_axis(pixels, 0, height, align_corners)  # (height, w, C)
     return _average_axis(rows, 1, width, align_corners)  # (height, width, C)
+
+
+def box_filtered(pictures: Tensor, side: int) -> Tensor:
+    """Average pictures (B, 3, H, H) in [0, 1] down to (B, 3, side, side), in 8 bits: as `center_crop` of their files.
+
+    Raises ValueError when H is no multiple of `side`.
+    """
+    factor, rest = divmod(pictures.shape[-1], side)
+    if rest or factor == 0:
+        raise ValueError(f"pictures have {pictures.shape[-1]} px a side, which is no multiple of {side}")
+    if factor == 1:
+        return pictures
+    values = (pictures.float().clamp(0, 1) * 255).round()
+    return F.avg_pool2d(values, factor).round() / 255
 
 
 def _average_axis(
@@ -364,7 +351,7 @@ def save_png(image: Image.Image, path: str | Path, recipe: Mapping[str, Any] | N
         png = to_png(image, recipe)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    weights.write_bytes(path, png)
+    files.write_bytes(path, png)
 
 
 def to_png(image: Image.Image, recipe: Mapping[str, Any] | None) -> bytes:

@@ -13,10 +13,11 @@ from pathlib import Path
 from dalle import __version__
 from dalle.config import validate
 from dalle.dvae import DiscreteVAE
-from dalle.generation.options import GenerationOptions
+from dalle.files import read_json, write_json
+from dalle.generation.request import ModelDefaults
+from dalle.manifest import write_manifest
 from dalle.tokenizer import Tokenizer
 from dalle.transformer import Transformer
-from dalle.weights import read_json, write_json, write_manifest
 
 COMPONENTS = {"tokenizer": "Tokenizer", "dvae": "DiscreteVAE", "transformer": "Transformer"}
 OPTIONAL = {"clip": "CLIP", "judge": "CLIP"}  # ranks what is drawn; scores it in evaluations only
@@ -40,7 +41,7 @@ def check_fit(tokenizer: Tokenizer, dvae: DiscreteVAE, transformer: Transformer)
             )
 
 
-def write_index(folder: Path, defaults: GenerationOptions) -> None:
+def write_index(folder: Path, defaults: ModelDefaults) -> None:
     """Turns a folder that holds the components into a model folder: model_index.json, then the manifest."""
     index = {
         "_class_name": "DallePipeline",
@@ -50,14 +51,14 @@ def write_index(folder: Path, defaults: GenerationOptions) -> None:
         "defaults": defaults.model_dump(),
     }
     write_json(folder / "model_index.json", index)
-    write_manifest(folder, _files_to_verify(folder))  # last: without it the folder is not a model
+    write_manifest(folder)  # last: without it the folder is not a model
 
 
 def write_ranker_index(folder: Path) -> None:
     """Turns a folder with a CLIP and its tokenizer into one that can rank: model_index.json, then the manifest."""
     index = {"_class_name": "CLIP", "_dalle_version": __version__, "components": {"clip": "CLIP"}}
     write_json(folder / "model_index.json", index)
-    write_manifest(folder, _files_to_verify(folder))
+    write_manifest(folder)
 
 
 def is_ranker(folder: Path) -> bool:
@@ -105,7 +106,7 @@ def model_folder(
         ) from error
 
 
-def read_index(path: Path) -> GenerationOptions:
+def read_index(path: Path) -> ModelDefaults:
     """Checks model_index.json and gives the model's default settings."""
     index = read_json(path)
     name = index.get("_class_name") if isinstance(index, dict) else None
@@ -118,17 +119,7 @@ def read_index(path: Path) -> GenerationOptions:
             f"{path} lists components {components}; dalle {__version__} reads {COMPONENTS | there} here:"
             f" install the dalle that wrote it ({index.get('_dalle_version')})"
         )
-    return validate(GenerationOptions, index.get("defaults", {}), f"{path}: defaults")
-
-
-def _files_to_verify(folder: Path) -> list[str]:
-    """model_index.json and the files of every component, other tools' too (clip/, judge/)."""
-    found = [folder / "model_index.json"]
-    for component in folder.iterdir():
-        if component.is_dir() and component.name != "run" and not component.name.startswith("."):
-            names = ("*.safetensors", "config.json", "tokenizer.json", "merges.txt")
-            found += [path for name in names for path in component.rglob(name)]
-    return [path.relative_to(folder).as_posix() for path in found]
+    return validate(ModelDefaults, index.get("defaults", {}), f"{path}: defaults")
 
 
 def one_line(error: Exception) -> str:

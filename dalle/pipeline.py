@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import logging
 import math
-import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch
 from PIL import Image
@@ -23,9 +22,10 @@ from torch import Tensor, nn
 from dalle import __version__
 from dalle.config import validate
 from dalle.dvae import DiscreteVAE
+from dalle.files import atomic_folder, file_sha256, write_bytes
+from dalle.generation.batch import Batch, plan_batches
 from dalle.generation.completion import complete, region_to_draw
-from dalle.generation.engine import Engine, plan_batches, rows_that_pay
-from dalle.generation.options import GenerationOptions
+from dalle.generation.engine import Engine, rows_that_pay
 from dalle.generation.precision import (
     as_dtype,
     decode_threads,
@@ -34,32 +34,23 @@ from dalle.generation.precision import (
     held_dtype,
     threads,
 )
-from dalle.generation.recipe import (
-    MAX_THREADS,
-    BatchPlan,
+from dalle.generation.recipe import MAX_THREADS, Origin, Recipe, batch_to_rerun, tokens_sha256
+from dalle.generation.request import (
+    CaptionRequest,
     Completion,
-    Recipe,
+    GenerationOptions,
+    ImageRequest,
+    ModelDefaults,
+    RequestFields,
     Truncation,
-    Versions,
-    batch_plans,
-    caption_at,
-    count_pictures,
-    options_in_batch,
-    place_in_batch,
-    tokens_sha256,
+    blaming,
 )
-from dalle.generation.request import Request, count_images, count_seeds, read_captions, read_options
 from dalle.generation.rerank import CHUNK, Ranker, best_first
 from dalle.images import center_crop, to_images, to_tensor
+from dalle.manifest import VerifiedFolder
 from dalle.model_folder import check_fit, model_folder, one_line, read_index, write_index
 from dalle.tokenizer import Tokenizer
 from dalle.transformer import Transformer
-from dalle.weights import (
-    atomic_folder,
-    file_sha256,
-    verify_manifest,
-    write_bytes,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -101,9 +92,10 @@ class DallePipeline:
         self.dvae = dvae
         self.transformer = transformer
         self.ranker = ranker  # orders what is drawn; a model folder with a clip/ has one of its own
-        self.defaults = GenerationOptions() if defaults is None else defaults
+        self.defaults = ModelDefaults.of(defaults)
         self.name = "unsaved"  # folder or Hub id, for people
         self._folder: Path | None = None  # where it was loaded from
+        self._verified: VerifiedFolder | None = None  # the same, as it was at load
         self._model_sha256: str | None = None
         self._has_auto_dtype = False
         self._is_int8 = False
@@ -143,19 +135,19 @@ class DallePipeline:
             raise ValueError(
                 f"{folder} has no model_index.json: it is no model folder, or its training has not finished"
             )
-        verify_manifest(folder)
+        verified = VerifiedFolder(folder)
         defaults = read_index(folder / "model_index.json")
         pipe = cls(
-            Tokenizer.from_pretrained(folder / "tokenizer"),
-            DiscreteVAE.from_pretrained(folder / "dvae").eval(),
-            Transformer.from_pretrained(folder / "transformer").eval(),
+            Tokenizer.from_pretrained(verified.component("tokenizer")),
+            DiscreteVAE.from_pretrained(verified.component("dvae")),
+            Transformer.from_pretrained(verified.component("transformer")),
             defaults,
-            Ranker.from_verified(folder) if (folder / "clip").is_dir() else None,
+            Ranker.from_pretrained(verified) if (folder / "clip").is_dir() else None,
         )
         pipe.name = "bundled" if source is None else str(source)
         if pipe.ranker is not None:
             pipe.ranker.name = pipe.name
-        pipe._folder, pipe._model_sha256 = folder, file_sha256(folder / "manifest.json")
+        pipe._verified, pipe._folder, pipe._model_sha256 = verified, folder, verified.sha256
         pipe.is_native = native
         pipe._engine = Engine(
             pipe.transformer, is_native=native
@@ -188,9 +180,9 @@ class DallePipeline:
 
     def load_judge(self) -> Ranker | None:
         """The second CLIP of the model folder, which only evaluations ask; None where there is none."""
-        if self._folder is None or not (self._folder / "judge").is_dir():
+        if self._verified is None or not (self._verified.path / "judge").is_dir():
             return None
-        return Ranker.from_verified(self._folder, "judge")
+        return Ranker.from_pretrained(self._verified, "judge")
 
     @property
     def device(self) -> torch.device:
@@ -265,39 +257,20 @@ class DallePipeline:
 
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | ImageRequest,
         *,
-        num_images_per_prompt: int = 1,
-        num_candidates: int | None = None,
-        seed: int | None = 0,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        guidance: float | None = None,
-        image: Image.Image | None = None,
-        keep_rows: int | None = None,
-        mask: Image.Image | None = None,
-        truncate: bool = False,
         output_type: Literal["pil", "tokens"] = "pil",
         ranker: Ranker | None = None,
         progress: Progress | None = None,
         callback_on_row_end: RowCallback | None = None,
         rows_per_batch: int | None = None,
         n_threads: int | None = None,
+        **fields: Unpack[RequestFields],
     ) -> PipelineOutput:
-        """Draws `num_images_per_prompt` pictures for each caption; candidate i of the call uses seed + i.
+        """Draw `num_images_per_prompt` pictures for each caption; candidate i of the call uses seed + i.
 
         Args:
-            prompt: one caption or several.
-            num_candidates: drawn for each caption, of which CLIP keeps the best; None: as many as pictures.
-            seed: 0..2**63-1; None takes a random one, found in the output.
-            temperature, top_k, top_p, guidance: see `GenerationOptions`; None is the model's own default,
-                top_k=0 and top_p=1 switch a default off.
-            image: a picture to complete: its central square's top `keep_rows` rows of tokens are kept.
-            keep_rows: 1..G grid rows (each 8 pixels of the model's picture size).
-            mask: in place of keep_rows, a picture of the same shape whose fully transparent pixels (without
-                transparency: its white ones) are drawn anew, in whole cells of 8 pixels.
-            truncate: cut captions longer than the model reads, and say so in log and recipe.
+            prompt: one caption or several, described further by the keywords of `ImageRequest`; or such a request.
             output_type: "tokens" leaves out the pictures.
             ranker: a CLIP to order the candidates by, in place of the model's own.
             progress: called with (grid rows done, of how many) over all batches; ranking counts as one row a chunk.
@@ -307,36 +280,26 @@ class DallePipeline:
             n_threads: of the CPU, for drawing; None follows from the model's width and the number of pictures.
 
         Raises:
-            ValueError: an argument outside what is allowed, or a caption too long.
+            InvalidRequest: a ValueError that names the field at fault, such as a caption too long.
+            ValueError: another argument is outside what is allowed.
         """
         ranker = self.ranker if ranker is None else ranker
         if output_type not in ("pil", "tokens"):
             raise ValueError(f'output_type is {output_type!r}; allowed are "pil" and "tokens"')
-        requests = self.prepare(
-            prompt,
-            num_images_per_prompt=num_images_per_prompt,
-            num_candidates=num_candidates,
-            seed=seed,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            guidance=guidance,
-            image=image,
-            keep_rows=keep_rows,
-            mask=mask,
-            truncate=truncate,
-            ranker=ranker,
-        )
-        captions = [one.caption for one in requests]
+        request = prompt if isinstance(prompt, ImageRequest) else ImageRequest(prompt, **fields)
+        requests = self.prepare(request, ranker)
         seeds = [seed for one in requests for seed in one.seeds]
-        n_rows, n_candidates = len(seeds), len(requests[0].seeds)
-        completion = self.completion(requests[0])
-        vectors = None if ranker is None else ranker.encode_captions(captions, truncate)
+        captions = [one.caption for one in requests for _ in one.seeds]
+        completion = self.completion(requests[0])  # of the same picture for all
+        requests = [replace(one, completion=completion) for one in requests]
+        vectors = None if ranker is None else ranker.encode_captions(request.prompt, request.truncate)
         rows_per_batch = rows_that_pay(self.transformer) if rows_per_batch is None else rows_per_batch
-        plan = plan_batches([n_candidates] * len(captions), rows_per_batch)
-        n_done, n_total = 0, len(plan) * self.transformer.config.grid_size
-        n_total += 0 if ranker is None else len(captions) * math.ceil(n_candidates / CHUNK)
+        batches = plan_batches(requests, rows_per_batch)
+        grid, n_candidates = self.transformer.config.grid_size, len(requests[0].seeds)
+        n_done, n_total = 0, len(batches) * grid
+        n_total += 0 if ranker is None else len(requests) * math.ceil(n_candidates / CHUNK)
         is_stopped = False
+        tokens = torch.full((len(seeds), grid, grid), -1)
 
         def advance(_: int = 1) -> None:
             nonlocal n_done
@@ -344,110 +307,76 @@ class DallePipeline:
             if progress is not None:
                 progress(n_done, n_total)
 
-        def on_row_end(row: int, tokens: Tensor) -> bool:
+        def on_row_end(row: int, part: Tensor) -> bool:
             nonlocal is_stopped
             advance()
-            is_stopped = callback_on_row_end is not None and bool(callback_on_row_end(self, row, tokens))
+            if callback_on_row_end is not None:
+                so_far = torch.cat([tokens[:start], part.cpu(), tokens[start + len(part) :]])
+                is_stopped = bool(callback_on_row_end(self, row, so_far))
             return is_stopped
 
         if n_threads is None:
-            n_threads = decode_threads(self.transformer.config.d_model, min(n_rows, rows_per_batch))
+            n_threads = decode_threads(self.transformer.config.d_model, min(len(seeds), rows_per_batch))
         elif not 1 <= n_threads <= MAX_THREADS:
             raise ValueError(f"n_threads is {n_threads}; choose 1..{MAX_THREADS}")
-        with threads(n_threads):
-            tokens = self._draw(
-                self.transformer,
-                (self.dtype, self.is_native),
-                torch.stack([one.text for one in requests]),
-                seeds,
-                requests[0].options,
-                known=None if completion is None else torch.tensor(completion.known),
-                on_row_end=on_row_end,
-                rows_per_batch=rows_per_batch,
-            )
-        finished = [row for row in range(n_rows) if int(tokens[row].min()) >= 0]
+        start = 0
+        for batch in batches:
+            drawn = self.draw_batch(batch, on_row_end, n_threads)
+            tokens[start : start + len(drawn)] = drawn
+            start += len(drawn)
+            if is_stopped:
+                break
+        finished = [row for row in range(len(seeds)) if int(tokens[row].min()) >= 0]
         kept: dict[int, tuple[float | None, int | None]] = dict.fromkeys(finished, (None, None))
         if ranker is not None and vectors is not None:
-            kept = self._rank(ranker, vectors, tokens, finished, num_images_per_prompt, advance)
+            kept = self._rank(ranker, vectors, tokens, finished, request.num_images_per_prompt, advance)
         with threads(n_threads):
             pictures = tuple(self._decode(tokens[[*kept]])) if output_type == "pil" else ()
-        plans = batch_plans(plan, captions, seeds, rows_per_batch)
-        recipes = [
-            self.recipe(
-                requests[row // n_candidates],
-                row % n_candidates,
-                plans[row],
-                completion,
-                tokens[row],
-                n_threads,
-                (score, rank),
-                ranker,
-            )
-            for row, (score, rank) in kept.items()
-        ]
+        places = [(batch, row) for batch in batches for row in range(len(batch.seeds))]
+        origin = self.origin(n_threads, ranker)
+        recipes = [Recipe.of(*places[row], tokens[row], origin, scored) for row, scored in kept.items()]
         scores = tuple(score for score, _ in kept.values() if score is not None)
         return PipelineOutput(
             images=pictures,
             scores=None if ranker is None else scores,
             seeds=tuple(seeds[row] for row in kept),
             tokens=tokens[[*kept]],
-            captions=tuple(captions[row // n_candidates] for row in kept),
-            recipes=tuple(recipes),
+            captions=tuple(captions[row] for row in kept),
+            recipes=tuple(recipe.model_dump(mode="json") for recipe in recipes),
             is_stopped=is_stopped,
         )
 
-    def prepare(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        num_images_per_prompt: int = 1,
-        num_candidates: int | None = None,
-        seed: int | None = 0,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        guidance: float | None = None,
-        image: Image.Image | None = None,
-        keep_rows: int | None = None,
-        mask: Image.Image | None = None,
-        truncate: bool = False,
-        ranker: Ranker | None = None,
-    ) -> list[Request]:
-        """Checks what a call asks for and reads its captions, one request for each; no model is run.
+    def prepare(self, request: ImageRequest, ranker: Ranker | None) -> list[CaptionRequest]:
+        """Check a request against the model and read its captions, one `CaptionRequest` each; no model is run.
 
-        Args:
-            ranker: what will choose among the candidates; None: nothing.
-            prompt, ...: as in a call.
-
-        Raises:
-            ValueError: as a call.
+        `ranker` will choose among the candidates; None: nothing. Raises InvalidRequest as a call.
         """
-        captions = read_captions(prompt)
-        n = count_images(num_images_per_prompt, num_candidates, ranker is not None)
-        seeds = count_seeds(seed, len(captions) * n)
-        options = read_options(self.defaults, temperature, top_k, top_p, guidance)
-        picture, region = self._read_picture(image, keep_rows, mask)
-        text, truncations = self._read(captions, truncate)
-        if ranker is not None:
-            ranker.read(captions, truncate)  # its own tokenizer may find one too long
+        n = request.count_candidates(self.defaults.candidates, ranker is not None)
+        seeds, options = request.seeds(len(request.prompt) * n), request.options(self.defaults)
+        region = region_to_draw(request, self.transformer.config.grid_size)
+        picture = None if request.image is None else self._fit(request.image)
+        with blaming("prompt"):
+            texts = [self._read(caption, request.truncate) for caption in request.prompt]
+            if ranker is not None:
+                ranker.read(request.prompt, request.truncate)  # its own tokenizer may find one too long
         return [
-            Request(
+            CaptionRequest(
                 caption=caption,
-                text=text[i],
-                n_images=num_images_per_prompt,
-                seeds=tuple(seeds[i * n : (i + 1) * n]),
+                text=texts[i][0],
+                n_images=request.num_images_per_prompt,
+                seeds=seeds[i * n : (i + 1) * n],
                 first=i * n,
                 options=options,
-                truncate=truncate,
-                truncation=truncations[i],
+                truncate=request.truncate,
+                truncation=texts[i][1],
                 picture=picture,
                 region=region,
-                keep_rows=keep_rows,
+                keep_rows=request.keep_rows,
             )
-            for i, caption in enumerate(captions)
+            for i, caption in enumerate(request.prompt)
         ]
 
-    def completion(self, request: Request) -> Completion | None:
+    def completion(self, request: CaptionRequest) -> Completion | None:
         """Encodes the picture that a request completes, and says which of its tokens stay; None without one."""
         if request.picture is None or request.region is None:
             return None
@@ -456,78 +385,37 @@ class DallePipeline:
             tokens = self.dvae.encode(pixels)[0].cpu()  # (G, G)
         return complete(tokens, request.region, request.keep_rows)
 
-    def recipe(
-        self,
-        request: Request,
-        candidate: int,
-        batch: BatchPlan,
-        completion: Completion | None,
-        tokens: Tensor,
-        n_threads: int,
-        scored: tuple[float | None, int | None] = (None, None),
-        ranker: Ranker | None = None,
-    ) -> dict[str, object]:
-        """The recipe, JSON-ready, of a request's candidate with tokens (G, G): what `rerun` takes."""
-        return Recipe(
-            caption=request.caption,
-            seed=request.seeds[candidate],
-            index=request.first + candidate,
-            options=request.options,
-            batch=batch,
-            completion=completion,
-            truncate=request.truncate,
-            truncation=request.truncation,
-            tokens_sha256=tokens_sha256(tokens),
+    def origin(self, n_threads: int, ranker: Ranker | None) -> Origin:
+        """Return what a recipe says of this model, of a drawing with so many threads, and of who ranked it."""
+        return Origin(
+            model=self.name,
+            model_sha256=self.model_sha256,
             dtype=dtype_name(self.dtype),
             device=self.device.type,
             threads=n_threads,
             native=self.is_native,
-            versions=Versions(
-                dalle=__version__, torch=str(torch.__version__), python=platform.python_version()
-            ),
-            model=self.name,
-            model_sha256=self.model_sha256,
-            score=scored[0],
-            rank=scored[1],
             ranker=None if ranker is None else ranker.name,
             ranker_sha256=None if ranker is None else ranker.sha256,
-        ).model_dump(mode="json")
+        )
 
     def draw_batch(
-        self,
-        requests: Sequence[Request],
-        seeds: Sequence[Sequence[int]],
-        completions: Sequence[Completion | None],
-        on_row_end: Callable[[int, Tensor], bool | None],
-        n_threads: int,
+        self, batch: Batch, on_row_end: Callable[[int, Tensor], bool | None], n_threads: int
     ) -> Tensor:
-        """Draws candidates of several requests side by side, `seeds` of each -> tokens (R, G, G), -1 where stopped.
+        """Draw a batch -> tokens (R, G, G) on the CPU, -1 where `on_row_end` stopped.
 
         In float32 each picture has the tokens that a call for it alone gives.
 
         Raises:
             FloatingPointError: the transformer's logits hold NaN.
         """
-        n_tokens = self.transformer.config.grid_size**2
-        known = [
-            torch.full((n_tokens,), -1) if one is None else torch.tensor(one.known) for one in completions
-        ]
-        counts = [len(one) for one in seeds]
         with threads(n_threads):
-            return self._draw(
-                self.transformer,
-                (self.dtype, self.is_native),
-                torch.stack([request.text for request in requests]),
-                [seed for one in seeds for seed in one],
-                [request.options for request, n in zip(requests, counts, strict=True) for _ in range(n)],
-                known=torch.stack(known).repeat_interleave(torch.tensor(counts), dim=0),
-                n_pictures=counts,
-                on_row_end=on_row_end,
-                rows_per_batch=sum(counts),
-            )
+            return self._draw(self.transformer, (self.dtype, self.is_native), batch, on_row_end)
 
     def preview(self, tokens: Tensor, n_rows: int) -> Tensor:
-        """What the first `n_rows` grid rows of tokens (R, G, G) look like so far: (R, 3, n_rows * 8, W) in [0, 1]."""
+        """What the first `n_rows` grid rows of tokens (R, G, G) look like so far: (R, 3, h, S) in [0, 1].
+
+        S is the side of a whole picture in pixels, h its share of the first `n_rows` of G rows.
+        """
         with torch.no_grad():
             out = self.dvae.decoder.from_tokens(tokens[:, :n_rows].to(next(self.dvae.parameters()).device))
             return self.dvae.pixels(out).cpu()
@@ -577,10 +465,7 @@ class DallePipeline:
             )
         dtype = as_dtype(plan.dtype)
         transformer = self._transformer_in(held_dtype(dtype))
-        batch, is_consistent = place_in_batch(plan)
-        text, truncations = self._read(batch.captions, plan.truncate)
-        is_consistent &= truncations[caption_at(batch)] == plan.truncation
-        completion = plan.completion
+        batch, is_consistent = batch_to_rerun(plan, lambda caption: self._read(caption, plan.truncate))
         n_rows = self.transformer.config.grid_size
 
         def on_row_end(row: int, _: Tensor) -> bool:
@@ -589,18 +474,8 @@ class DallePipeline:
             return False
 
         with threads(plan.threads):
-            tokens = self._draw(
-                transformer,
-                (dtype, plan.native),
-                text,
-                batch.seeds,
-                options_in_batch(plan),
-                known=None if completion is None else torch.tensor(completion.known),
-                n_pictures=count_pictures(batch),
-                on_row_end=on_row_end,
-                rows_per_batch=len(batch.seeds),
-            )
-            drawn = tokens[batch.position]
+            tokens = self._draw(transformer, (dtype, plan.native), batch, on_row_end)
+            drawn = tokens[plan.batch.position]
             image = self._decode(drawn[None])[0]
         return image, is_consistent and tokens_sha256(drawn) == plan.tokens_sha256
 
@@ -614,72 +489,44 @@ class DallePipeline:
                 f"recipe is of {dtype_name(dtype)}; this model is held in {dtype_name(held)} only:"
                 " load it from its folder"
             )
-        return Transformer.from_pretrained(self._folder / "transformer").eval().to(self.device, dtype)
+        return Transformer.from_pretrained(self._folder / "transformer").to(self.device, dtype)
 
     def _draw(
         self,
         transformer: Transformer,
         arithmetic: tuple[torch.dtype, bool],
-        text: Tensor,
-        seeds: Sequence[int],
-        options: GenerationOptions | Sequence[GenerationOptions],
-        *,
-        known: Tensor | None,
-        on_row_end: Callable[[int, Tensor], bool | None] | None,
-        rows_per_batch: int,
-        n_pictures: Sequence[int] | None = None,
+        batch: Batch,
+        on_row_end: Callable[[int, Tensor], bool | None],
     ) -> Tensor:
         dtype, is_native = arithmetic
         wanted = (transformer, dtype == torch.int8, is_native)
         if (self._engine.transformer, self._engine.is_int8, self._engine.is_native) != wanted:
             self._engine = Engine(transformer, is_int8=dtype == torch.int8, is_native=is_native)
         tokens = self._engine.generate(
-            text,
-            seeds,
-            options,
-            known=known,
-            n_pictures=n_pictures,
+            batch.text,
+            batch.seeds,
+            batch.options,
+            known=batch.known,
+            n_pictures=batch.n_pictures,
             on_row_end=on_row_end,
-            rows_per_batch=rows_per_batch,
         )
         return tokens.cpu()  # (R, G, G)
 
-    def _read_picture(
-        self, image: Image.Image | None, keep_rows: int | None, mask: Image.Image | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The picture to complete, (3, H, W), and which of its cells are drawn anew, (G, G); None without one."""
-        grid = self.dvae.config.grid_size
-        if image is None:
-            if keep_rows is None and mask is None:
-                return None, None
-            raise ValueError(
-                f"image is missing; a completion needs image and either keep_rows (1..{grid}) or mask"
-            )
-        for name, given in (("image", image), ("mask", mask)):
-            if given is not None and not isinstance(given, Image.Image):
-                raise ValueError(
-                    f"{name} is {given!r}; it must be a PIL image: open it with dalle.images.open_image"
-                )
-        region = region_to_draw(grid, keep_rows, mask)
+    def _fit(self, image: Image.Image) -> Tensor:
+        """Return the central square of a picture, on white, at the model's size: (3, H, W) in [0, 1]."""
         rgba = image.convert("RGBA")
         opaque = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-        return to_tensor([center_crop(opaque, self.dvae.config.image_size)])[0], region
+        return to_tensor([center_crop(opaque, self.dvae.config.image_size)])[0]
 
-    def _read(self, captions: Sequence[str], truncate: bool) -> tuple[Tensor, list[Truncation | None]]:
-        """Token ids (B, T) int64 of the captions, and what was cut from each."""
-        rows, truncations = [], []
-        for caption in captions:
-            ids = self.tokenizer.encode(caption, truncate=truncate)
-            n_tokens = self.tokenizer.count(caption)
-            if n_tokens > len(ids):
-                logger.warning(
-                    "caption has %d tokens, read are the first %d: %.80r", n_tokens, len(ids), caption
-                )
-            truncations.append(
-                Truncation(n_tokens=n_tokens, n_kept=len(ids)) if n_tokens > len(ids) else None
-            )
-            rows.append(torch.as_tensor(self.tokenizer.pad(ids), dtype=torch.int64))
-        return torch.stack(rows), truncations
+    def _read(self, caption: str, truncate: bool) -> tuple[Tensor, Truncation | None]:
+        """Return a caption's padded tokens (T,) int64, and what was cut from it."""
+        ids = self.tokenizer.encode(caption, truncate=truncate)
+        text = torch.as_tensor(self.tokenizer.pad(ids), dtype=torch.int64)
+        n_tokens = self.tokenizer.count(caption)
+        if n_tokens <= len(ids):
+            return text, None
+        logger.warning("caption has %d tokens, read are the first %d: %.80r", n_tokens, len(ids), caption)
+        return text, Truncation(n_tokens=n_tokens, n_kept=len(ids))
 
     def _decode(self, tokens: Tensor) -> list[Image.Image]:
         # One by one: the pixels, too, of a picture do not depend on its neighbours.

@@ -16,6 +16,7 @@ import heapq
 import json
 import string
 from collections.abc import Iterable, Iterator, Sequence
+from os import PathLike
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,9 @@ import tokenizers
 from pydantic import Field
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-from dalle import weights
+from dalle import files
 from dalle.config import Config, validate
+from dalle.manifest import checked_component
 
 # A pair seen once says nothing about language: merging it would spend entries on whole rare words.
 MIN_PAIR_COUNT = 2
@@ -218,23 +220,20 @@ class Tokenizer:
         """Write tokenizer.json (the Hugging Face format) and config.json into a folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights.write_bytes(folder / "tokenizer.json", self._json.encode())
-        weights.write_json(folder / "config.json", self.config.model_dump(mode="json"))
+        files.write_bytes(folder / "tokenizer.json", self._json.encode())
+        files.write_json(folder / "config.json", self.config.model_dump(mode="json"))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Tokenizer:
+    def from_pretrained(cls, folder: str | PathLike[str]) -> Tokenizer:
         """Read a folder that `save_pretrained` wrote, checked against ../manifest.json when there is one.
 
         ValueError when a file is missing, was changed, or is not a tokenizer of ours.
         """
-        folder = Path(folder)
-        model_folder = folder.absolute().parent
-        if (model_folder / "manifest.json").is_file():
-            weights.verify_manifest(model_folder, under=folder.absolute().name)
+        folder = checked_component(folder, ("config.json", "tokenizer.json")).path
         config_path, tokenizer_path = folder / "config.json", folder / "tokenizer.json"
-        config = validate(TokenizerConfig, weights.read_json(config_path), str(config_path))
+        config = validate(TokenizerConfig, files.read_json(config_path), str(config_path))
         try:
-            return cls(json.dumps(weights.read_json(tokenizer_path), ensure_ascii=False), config)
+            return cls(json.dumps(files.read_json(tokenizer_path), ensure_ascii=False), config)
         except ValueError as error:
             text = str(error)
             raise ValueError(text if str(tokenizer_path) in text else f"{tokenizer_path}: {text}") from error

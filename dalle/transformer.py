@@ -17,6 +17,7 @@ D head width, V text ids (n_text_vocab + T), K image ids.
 
 import math
 from collections.abc import Iterable
+from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, cast
 
@@ -286,14 +287,9 @@ class Transformer(nn.Module):
         weights.save_component(Path(folder), self.config, self.state_dict())
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
-        """Reads what `save_pretrained` wrote, in fp32 on the CPU. Raises ValueError if it is damaged."""
-        config, tensors = weights.load_component(Path(folder), TransformerConfig)
-        with torch.device("meta"):  # no time spent on weights that are overwritten
-            model = cls(config)
-        model.to_empty(device="cpu")
-        weights.load_strict(model, tensors, "transformer")
-        return model
+    def from_pretrained(cls, folder: str | PathLike[str]) -> Self:
+        """Reads what `save_pretrained` wrote, in fp32 on the CPU, in eval mode. Raises ValueError if it is damaged."""
+        return weights.load_module(folder, TransformerConfig, cls, "transformer")
 
     def _embed_caption(self, text: Tensor) -> Tensor:
         """Embeds BOS and the text tokens, (B, T) -> (B, 1 + T, C)."""

@@ -5,15 +5,14 @@ import contextlib
 import http.client
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from dalle.generation.recipe import Completion
-from dalle.generation.request import Request
+from dalle.generation.batch import Batch
 from dalle.generation.rerank import Ranker
 from dalle.pipeline import DallePipeline
 from dalle.serving.app import create_app
@@ -41,9 +40,7 @@ class GatedPipeline(DallePipeline):
 
     def draw_batch(
         self,
-        requests: Sequence[Request],
-        seeds: Sequence[Sequence[int]],
-        completions: Sequence[Completion | None],
+        batch: Batch,
         on_row_end: Callable[[int, Tensor], bool | None],
         n_threads: int,
     ) -> Tensor:
@@ -53,19 +50,19 @@ class GatedPipeline(DallePipeline):
                 assert self.gate.wait(60)
             return on_row_end(row, tokens)
 
-        self.batches.append([len(one) for one in seeds])
-        if any(request.caption in self.failing for request in requests):
+        self.batches.append(list(batch.n_pictures))
+        if any(slot.request.caption in self.failing for slot in batch.slots):
             raise self.error
         if sum(self.batches[-1]) > self.most_rows:
             raise MemoryError
-        return super().draw_batch(requests, seeds, completions, held, n_threads)
+        return super().draw_batch(batch, held, n_threads)
 
 
-def gated_pipe(with_ranker: bool = True) -> GatedPipeline:
-    """A tiny model with a CLIP."""
+def gated_pipe(with_ranker: bool = True, **dvae: Any) -> GatedPipeline:
+    """A tiny model with a CLIP; `dvae` are settings of that."""
     tokenizer = tiny_tokenizer(CAPTIONS)
     ranker = Ranker(tiny_clip(tokenizer), tokenizer) if with_ranker else None
-    return GatedPipeline(tokenizer, tiny_dvae(), tiny_transformer(tokenizer.n_vocab), ranker=ranker)
+    return GatedPipeline(tokenizer, tiny_dvae(**dvae), tiny_transformer(tokenizer.n_vocab), ranker=ranker)
 
 
 class Recorder:

@@ -4,15 +4,17 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dalle.data.shapes import write_shapes
+from dalle.files import file_sha256
+from dalle.manifest import VerifiedFolder
 from dalle.model_folder import bundled_folder
 from dalle.pipeline import DallePipeline
-from dalle.weights import verify_manifest
 
 
 def evaluation() -> dict[str, object]:
@@ -23,8 +25,24 @@ def evaluation() -> dict[str, object]:
 
 
 def test_files_are_whole_and_at_most_40_megabytes() -> None:
-    verify_manifest(bundled_folder())
+    VerifiedFolder(bundled_folder())
     assert sum(path.stat().st_size for path in bundled_folder().rglob("*") if path.is_file()) <= 40_000_000
+
+
+def test_every_file_is_hashed_once_a_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed = Counter[Path]()
+
+    def counted(path: str | Path) -> str:
+        hashed[Path(path).relative_to(bundled_folder())] += 1
+        return file_sha256(path)
+
+    # Every module that can hash a file of a model folder.
+    for module in ("dalle.files", "dalle.manifest", "dalle.pipeline"):
+        monkeypatch.setattr(f"{module}.file_sha256", counted)
+    pipe = DallePipeline.from_pretrained()
+    assert pipe.ranker is not None and pipe.ranker.sha256 and pipe.model_sha256
+    listed = json.loads((bundled_folder() / "manifest.json").read_text())["files"]
+    assert hashed == {Path(name): 1 for name in listed}
 
 
 def test_card_states_the_figures_of_its_own_evaluation() -> None:

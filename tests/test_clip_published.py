@@ -20,7 +20,8 @@ from dalle.clip import CLIP, OPENAI_MEAN
 from dalle.clip_tokenizer import CLIPTokenizer
 from dalle.importers.openai_clip import import_openai_clip, read_state
 from dalle.importers.published_clip import config_of, import_huggingface_clip, import_open_clip
-from dalle.weights import load_strict, verify_manifest
+from dalle.manifest import VerifiedFolder
+from dalle.weights import load_strict
 
 
 def needed(name: str) -> ModuleType:
@@ -123,7 +124,7 @@ def test_logits_equal_transformers_and_the_activation_is_kept(
 ) -> None:
     theirs, folder = huggingface
     import_huggingface_clip(folder, tmp_path / "out")
-    verify_manifest(tmp_path / "out")
+    VerifiedFolder(tmp_path / "out")
     ours = CLIP.from_pretrained(tmp_path / "out" / "clip")
     assert ours.config.activation == "quick_gelu"
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
@@ -202,7 +203,7 @@ def test_openais_archives_give_their_own_logits(
 ) -> None:
     theirs, path = archives[name]
     import_openai_clip(path, merges, tmp_path / "out")
-    verify_manifest(tmp_path / "out")
+    VerifiedFolder(tmp_path / "out")
     ours = CLIP.from_pretrained(tmp_path / "out" / "clip")
     assert (ours.config.activation, ours.config.image_mean) == ("quick_gelu", OPENAI_MEAN)
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(2))

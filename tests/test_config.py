@@ -159,6 +159,12 @@ def test_override_parses_toml_values_and_takes_the_rest_as_text() -> None:
     }
 
 
+def test_override_sets_nothing_by_none_and_null_and_takes_them_as_text_in_quotes() -> None:
+    assignments = ["a=none", "b.c=null", "d='none'", "e=nonesuch", "f=None"]
+    expected = {"a": None, "b": {"c": None}, "d": "none", "e": "nonesuch", "f": "None"}
+    assert override({"a": {"cap": 2}}, assignments) == expected
+
+
 @pytest.mark.parametrize("text", ["a=b", "1\nother = 2", "#fff", "", "[1, 2", "[" * 5000])
 def test_override_takes_what_is_no_single_toml_value_as_text(text: str) -> None:
     assert override({}, [f"note={text}"]) == {"note": text}

@@ -24,7 +24,7 @@ from dalle.data.art.drawing import scale_of
 from dalle.data.art.names import TONES as ALL_TONES
 from dalle.data.art.names import Emoji, EmojiNames, code_key, split_tone
 from dalle.data.art.packages import DEFAULT_STYLES, STYLES, Style
-from dalle.data.art.splits import Item, admit_extra, assign_splits, nearest_rmse
+from dalle.data.art.splits import NEAR_RMSE, Item, Split, admit_extra, assign_splits, nearest_rmse
 from dalle.images import open_image
 
 pytest.importorskip("resvg_py", reason="the art extra is not installed")
@@ -577,6 +577,19 @@ def test_a_combo_is_hard_when_no_sister_style_draws_the_object() -> None:
     items = make_items(400, STYLE_NAMES)
     for item, split in zip(items, assign_splits(items), strict=True):
         assert split.is_hard == (split.name == "combo" and item.family != "fluent")
+
+
+def test_a_combo_with_a_near_copy_in_train_is_not_hard() -> None:
+    assert Split("combo", is_hard=True).is_hard_at(NEAR_RMSE)
+    assert not Split("combo", is_hard=True).is_hard_at(NEAR_RMSE - 1e-6)
+    assert not Split("combo").is_hard_at(1.0)
+
+
+def test_letters_of_the_older_noto_are_the_newer_ones_drawings() -> None:
+    """Three of them were called hard although train held the same drawing."""
+    older = next(style for style in STYLES if style.name == "noto-v1")
+    assert older.family_of("letter-i") == "noto"
+    assert older.family_of("love-letter") == "noto-v1"
 
 
 def test_splits_do_not_hang_on_the_order_of_the_pictures() -> None:

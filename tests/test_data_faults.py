@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
-from dalle import images
+from dalle import images, picture_files
 from dalle.data.inspect import inspect
 from dalle.data.pairs import PairSet, read_pairs
 from dalle.data.samples import ReadOptions
@@ -193,7 +193,7 @@ def test_a_cell_of_more_than_128_kb_is_read(tmp_path: Path) -> None:
 def test_tiff_and_avif_are_read_and_what_is_not_is_counted_with_its_format(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(images, "reads_heif", lambda: False)
+    monkeypatch.setattr(picture_files, "reads_heif", lambda: False)
     write_pairs(tmp_path, 20)
     for name in ("scan.tiff", "new.avif", "photo.jfif"):
         paint(tmp_path / name, format="JPEG" if name.endswith("jfif") else None)
@@ -214,7 +214,7 @@ def test_tiff_and_avif_are_read_and_what_is_not_is_counted_with_its_format(
 
 def test_heic_is_read_with_its_library(tmp_path: Path) -> None:
     pytest.importorskip("pillow_heif")
-    assert images.reads_heif()
+    assert picture_files.reads_heif()
     paint(tmp_path / "IMG_1.heic", format="HEIF", quality=100)
     (tmp_path / "IMG_1.txt").write_text("a photograph")
     (pair,) = read_pairs(tmp_path)

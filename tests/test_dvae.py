@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.testing import assert_close
 
 from dalle.config import load_preset, validate
 from dalle.dvae import (
     FSQ,
+    RESOLUTIONS,
     DiscreteVAE,
     DVAEConfig,
     gumbel_softmax,
@@ -356,6 +358,45 @@ def test_every_preset_describes_a_dvae(preset: str) -> None:
     assert config.grid_size == config.image_size // 8
 
 
+# --- a decoder that draws more pixels than the encoder reads ---
+
+LARGE: dict[str, Any] = {"output_size": 32, "decoder_widths": (24, 16, 8), "decoder_blocks": 2}
+
+
+def test_a_larger_decoder_draws_its_own_size_from_the_same_tokens() -> None:
+    plain, large = make("light-fsq"), make("light-fsq", **LARGE)
+    large.encoder.load_state_dict(plain.encoder.state_dict())
+    images = pictures(2)
+    assert torch.equal(large.encode(images), plain.encode(images))
+    assert large.reconstruct(images).shape == (2, 3, 32, 32)
+    tokens = large.encode(images)
+    assert_close(large.decoder.from_tokens(tokens), large.decoder(one_hot(tokens, 60)))
+    assert [len(layer) for name, layer in large.decoder.blocks.named_children() if name in RESOLUTIONS] == [
+        2,
+        2,
+        2,
+    ]
+
+
+@pytest.mark.parametrize("widths", [(16,), (16, 8), (16, 8, 8), (16, 8, 8, 8)])
+def test_a_decoder_has_as_many_resolutions_as_widths(widths: tuple[int, ...]) -> None:
+    model = make("light-fsq", output_size=16, decoder_widths=widths)
+    assert model.decode(torch.zeros(1, 2, 2, dtype=torch.int64)).shape == (1, 3, 16, 16)
+
+
+def test_a_decoder_without_sizes_of_its_own_is_the_mirror_in_file_and_weights() -> None:
+    plain, stated = make("light-fsq"), make("light-fsq", output_size=16, decoder_widths=(32, 16))
+    assert plain.config.output_size == 16
+    assert (
+        "output_size" not in plain.config.model_dump() and "decoder_widths" not in plain.config.model_dump()
+    )
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), stated.parameters(), strict=True))
+    assert list(plain.state_dict()) == list(stated.state_dict())
+    large = make("light-fsq", **LARGE).config
+    assert validate(DVAEConfig, large.model_dump(mode="json"), "here") == large
+    assert large.mirrored() == plain.config
+
+
 # --- mistakes ---
 
 
@@ -386,6 +427,13 @@ def test_tokens_that_no_code_has_are_refused(name: str) -> None:
         ({"fsq_levels": (30, 2)}, "levels of 3 or more"),
         ({"quantizer": "gumbel"}, "leave it out"),
         ({"n_blocks": 0}, "n_blocks"),
+        ({"output_size": 24}, "draws 16 or 32"),
+        ({"output_size": 8}, "draws 16 or 32"),
+        ({"output_size": 128, "decoder_widths": (8, 8, 8)}, "draws 16 or 32 or 64"),
+        ({"decoder_widths": (8, 12)}, "at most 4 multiples of 8"),
+        ({"decoder_widths": (8,) * 5}, "at most 4 multiples of 8"),
+        ({"trunk": "paper", "output_size": 32}, "belong to trunk light"),
+        ({"trunk": "paper", "decoder_blocks": 2}, "belong to trunk light"),
     ],
 )
 def test_sizes_that_do_not_fit_together_are_refused(changes: dict[str, object], message: str) -> None:

@@ -15,6 +15,7 @@ from dalle.data.pairs import PairSet, read_pairs
 from dalle.data.shapes import write_shapes
 from dalle.evaluation.metrics import (
     MAX_PSNR,
+    PixelErrors,
     Reconstruction,
     perplexity,
     psnr,
@@ -34,7 +35,7 @@ from dalle.evaluation.protocols import (
 from dalle.evaluation.report import evaluate
 from dalle.evaluation.sheets import pairs_sheet, spread
 from dalle.pipeline import DallePipeline
-from tests.tiny import GRID, N_CODES, N_TEXT, tiny_pipe
+from tests.tiny import GRID, LARGE, N_CODES, N_TEXT, tiny_dvae, tiny_pipe
 
 SIZE = 32
 NO_TOKENS = torch.zeros(1, 1, 1, dtype=torch.int64)
@@ -59,7 +60,7 @@ def pipe(shapes: PairSet) -> DallePipeline:
 
 def sums_of(*pairs_of_values: tuple[list[int], list[int]]) -> Reconstruction:
     """Sums over grey 2 x 2 pictures, given as 8-bit values before and after."""
-    sums = Reconstruction(4)
+    sums = Reconstruction(4, 2)
     for before, after in pairs_of_values:
         originals, copies = (
             torch.tensor(values).view(1, 1, 2, 2).expand(1, 3, 2, 2) / 255 for values in (before, after)
@@ -71,35 +72,35 @@ def sums_of(*pairs_of_values: tuple[list[int], list[int]]) -> Reconstruction:
 def test_psnr_of_two_pictures_is_the_one_worked_out_by_hand() -> None:
     # squared errors: 100 at one pixel of four, and 4 at each of four -> mean (100 + 16) / 8 = 14.5
     sums = sums_of(([0, 0, 0, 0], [10, 0, 0, 0]), ([100] * 4, [102] * 4))
-    assert sums.psnr == pytest.approx(10 * math.log10(255**2 / 14.5))
+    assert sums.seen.psnr == pytest.approx(10 * math.log10(255**2 / 14.5))
     assert sums.n_pictures == 2
 
 
 def test_pooled_psnr_is_of_the_pooled_error_not_the_mean_of_the_splits() -> None:
     good, poor = sums_of(([0] * 4, [1] * 4)), sums_of(([0] * 4, [100] * 4), ([0] * 4, [100] * 4))
-    assert good.psnr is not None and poor.psnr is not None
-    pooled = (good + poor).psnr
+    assert good.seen.psnr is not None and poor.seen.psnr is not None
+    pooled = (good + poor).seen.psnr
     assert pooled == pytest.approx(10 * math.log10(255**2 / ((1 + 2 * 10000) / 3)))
-    assert pooled != pytest.approx((good.psnr + poor.psnr) / 2, abs=1)
+    assert pooled != pytest.approx((good.seen.psnr + poor.seen.psnr) / 2, abs=1)
 
 
 def test_equal_pictures_give_the_highest_psnr_and_not_infinity() -> None:
     assert psnr(0, 12) == MAX_PSNR
-    assert sums_of(([7] * 4, [7] * 4)).psnr == MAX_PSNR
+    assert sums_of(([7] * 4, [7] * 4)).seen.psnr == MAX_PSNR
 
 
 def test_ink_psnr_looks_only_where_the_original_is_not_white() -> None:
     # 249 is ink, 250 is not: only the first two pixels count, with squared errors 16 and 0
     sums = sums_of(([249, 0, 250, 255], [245, 0, 0, 0]))
-    assert sums.ink_psnr == pytest.approx(10 * math.log10(255**2 / 8))
-    assert sums_of(([255] * 4, [0] * 4)).ink_psnr is None
+    assert sums.seen.ink_psnr == pytest.approx(10 * math.log10(255**2 / 8))
+    assert sums_of(([255] * 4, [0] * 4)).seen.ink_psnr is None
 
 
 def test_a_pixel_with_one_dark_channel_is_ink() -> None:
-    sums = Reconstruction(4)
+    sums = Reconstruction(4, 1)
     yellow = torch.tensor([1.0, 1.0, 0.0]).view(1, 3, 1, 1)
     sums.add_(yellow, torch.ones(1, 3, 1, 1), NO_TOKENS)
-    assert sums.n_ink_values == 3
+    assert sums.seen.n_ink_values == 3
 
 
 def test_perplexity_of_equally_used_codes_is_their_number() -> None:
@@ -109,7 +110,7 @@ def test_perplexity_of_equally_used_codes_is_their_number() -> None:
 
 
 def test_codes_used_is_the_share_of_the_codebook() -> None:
-    sums = Reconstruction(4)
+    sums = Reconstruction(4, 2)
     sums.add_(torch.ones(1, 3, 2, 2), torch.ones(1, 3, 2, 2), torch.tensor([[[0, 2], [2, 2]]]))
     assert sums.codes_used == 0.5
     assert sums.histogram.tolist() == [1, 0, 3, 0]
@@ -234,6 +235,24 @@ def test_report_holds_every_figure_and_two_runs_are_equal(
     for sheet in ("reconstructions.png", "draws.png"):
         images.open_image(tmp_path / "a" / sheet)
         assert (tmp_path / "a" / sheet).read_bytes() == (tmp_path / "b" / sheet).read_bytes()
+
+
+def test_a_larger_drawing_is_measured_at_its_size_and_averaged_to_that_of_the_tokens(
+    shapes: PairSet, tmp_path: Path
+) -> None:
+    large = tiny_pipe((caption for pair in shapes for caption in pair.captions), tiny_dvae(**LARGE))
+    figures = evaluate(large, shapes, tmp_path, limit=6)["dvae"]
+    pictures = images.to_tensor(
+        [images.center_crop(pair.open(), 64) for pair in shapes if pair.split == "combo"][::2]
+    )
+    with torch.no_grad():
+        copies = large.dvae.reconstruct(images.box_filtered(pictures, 32))
+    seen, drawn = PixelErrors(), PixelErrors()
+    seen.add_(images.box_filtered(pictures, 32), images.box_filtered(copies, 32))
+    drawn.add_(pictures, copies)
+    assert (figures["psnr"], figures["ink_psnr"]) == (seen.psnr, seen.ink_psnr)
+    assert (figures["output_psnr"], figures["output_ink_psnr"]) == (drawn.psnr, drawn.ink_psnr)
+    assert drawn.n_values == 4 * seen.n_values
 
 
 def test_limit_bounds_every_split_and_the_draws(pipe: DallePipeline, shapes: PairSet, tmp_path: Path) -> None:

@@ -5,7 +5,15 @@ import pytest
 import torch
 from PIL import Image
 
-from dalle.generation.completion import completion_of, redrawn_cells
+from dalle.generation.completion import complete, redrawn_cells, region_to_draw
+from dalle.generation.request import Completion, ImageRequest, InvalidRequest
+
+
+def completion_of(tokens: torch.Tensor, keep_rows: int | None, mask: Image.Image | None) -> Completion:
+    request = ImageRequest("", image=Image.new("RGB", (8, 8)), keep_rows=keep_rows, mask=mask)
+    region = region_to_draw(request, len(tokens))
+    assert region is not None
+    return complete(tokens, region, keep_rows)
 
 
 def grey(pixels: np.ndarray) -> Image.Image:
@@ -68,16 +76,21 @@ def test_kept_cells_keep_their_tokens_and_marked_ones_are_drawn() -> None:
     assert (rows.keep_rows, rows.known) == (1, (0, 1, 2, 3, *[-1] * 12))
 
 
-def test_mistakes_are_one_line() -> None:
-    tokens, black = torch.zeros(4, 4, dtype=torch.int64), Image.new("L", (8, 8))
-    for arguments, message in (
+def test_mistakes_are_one_line_that_names_the_field() -> None:
+    black, picture = Image.new("L", (8, 8)), Image.new("RGB", (8, 8))
+    for arguments, field, message in (
         (
-            (None, None),
+            {"image": picture},
+            "keep_rows",
             r"keep_rows is missing; a completion needs image and either keep_rows \(1\.\.4\) or mask",
         ),
-        ((2, black), "mask and keep_rows exclude each other"),
-        ((None, black), "mask marks nothing to draw"),
-        ((5, None), "keep_rows is 5"),
+        ({"image": picture, "keep_rows": 2, "mask": black}, "mask", "mask and keep_rows exclude each other"),
+        ({"image": picture, "mask": black}, "mask", "mask marks nothing to draw"),
+        ({"image": picture, "keep_rows": 5}, "keep_rows", r"keep_rows is 5; .* choose 1\.\.4"),
+        ({"keep_rows": 1}, "image", "image is missing"),
+        ({"mask": black}, "image", "image is missing"),
     ):
-        with pytest.raises(ValueError, match=message):
-            completion_of(tokens, *arguments)  # type: ignore[arg-type]
+        with pytest.raises(InvalidRequest, match=message) as caught:
+            region_to_draw(ImageRequest("", **arguments), 4)  # type: ignore[arg-type]
+        assert caught.value.field == field
+    assert region_to_draw(ImageRequest(""), 4) is None

@@ -14,7 +14,7 @@ from dalle.generation import decoder as decoder_file
 from dalle.generation import native
 from dalle.generation.decoder import Decoder, Group, Stream, group
 from dalle.generation.engine import Engine
-from dalle.generation.options import GenerationOptions
+from dalle.generation.request import GenerationOptions
 from dalle.transformer import Transformer
 from tests.test_generation_engine import GRID, KINDS, N_CODES, N_TOKENS, build, captions
 from tests.tiny import needs_compiler

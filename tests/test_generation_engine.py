@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dalle.generation.engine import Batch, Engine, plan_batches, rows_that_pay
-from dalle.generation.options import GenerationOptions
+from dalle.generation.engine import Engine, rows_that_pay
+from dalle.generation.request import GenerationOptions
 from dalle.generation.sampling import combine_guidance, sample, uniforms
 from dalle.transformer import Transformer, TransformerConfig
 
@@ -121,14 +121,11 @@ def test_guidance_of_one_is_no_guidance_and_zero_ignores_the_caption() -> None:
     assert torch.equal(unguided[0], unguided[1])
 
 
-@pytest.mark.parametrize("rows_per_batch", [64, 3, 2])
-def test_captions_with_different_numbers_of_pictures_equal_their_slow_twins(rows_per_batch: int) -> None:
+def test_captions_with_different_numbers_of_pictures_equal_their_slow_twins() -> None:
     transformer, text = build(), captions(3)
     counts, options = [1, 4, 2], [GenerationOptions(guidance=2.5 if row % 2 else 1) for row in range(7)]
     known = torch.stack([KNOWN_ROWS if row == 5 else torch.full((N_TOKENS,), -1) for row in range(7)])
-    drawn = Engine(transformer).generate(
-        text, [*range(7)], options, known=known, n_pictures=counts, rows_per_batch=rows_per_batch
-    )
+    drawn = Engine(transformer).generate(text, [*range(7)], options, known=known, n_pictures=counts)
     caption_of = [0, 1, 1, 1, 1, 2, 2]
     expected = [
         slow_twin(transformer, text[caption_of[row]], row, options[row], KNOWN_ROWS if row == 5 else None)
@@ -143,15 +140,6 @@ def test_numbers_of_pictures_that_do_not_add_up_are_refused(counts: list[int]) -
         Engine(build()).generate(captions(3), [0, 1, 2], n_pictures=counts)
 
 
-def test_batches_of_different_numbers_hold_every_row_once() -> None:
-    assert plan_batches([1, 2, 5, 1], 4) == [
-        Batch(range(0, 2), range(0, 3), (1, 2)),
-        Batch(range(2, 3), range(3, 7), (4,)),
-        Batch(range(2, 3), range(7, 8), (1,)),
-        Batch(range(3, 4), range(8, 9), (1,)),
-    ]
-
-
 def test_a_pictures_tokens_do_not_depend_on_its_neighbours_or_place() -> None:
     engine, text = Engine(build()), captions(3)
     together = engine.generate(text, [10, 11, 12, 13, 14, 15])
@@ -160,13 +148,14 @@ def test_a_pictures_tokens_do_not_depend_on_its_neighbours_or_place() -> None:
         assert torch.equal(alone[0], together[row])
 
 
-@pytest.mark.parametrize("rows_per_batch", [1, 2, 4, 5])
-def test_the_batch_size_does_not_change_the_tokens(rows_per_batch: int) -> None:
-    engine, text = Engine(build()), captions(3)
-    seeds = list(range(9))
+@pytest.mark.parametrize("n", [1, 2, 4, 5])
+def test_the_number_of_pictures_side_by_side_does_not_change_the_tokens(n: int) -> None:
+    engine, text = Engine(build()), captions(1)
     options = GenerationOptions(guidance=2)
-    expected = engine.generate(text, seeds, options)
-    assert torch.equal(engine.generate(text, seeds, options, rows_per_batch=rows_per_batch), expected)
+    expected = engine.generate(text, range(9), options)
+    for start in range(0, 9, n):
+        part = engine.generate(text, range(start, min(9, start + n)), options)
+        assert torch.equal(part, expected[start : start + n])
 
 
 MIXED = (
@@ -179,13 +168,12 @@ MIXED = (
 )
 
 
-@pytest.mark.parametrize("rows_per_batch", [2, 6])
-def test_pictures_with_settings_of_their_own_are_drawn_as_alone(rows_per_batch: int) -> None:
+def test_pictures_with_settings_of_their_own_are_drawn_as_alone() -> None:
     engine, text = Engine(build()), captions(3)
     options = [GenerationOptions.model_validate(one) for one in MIXED]
     known = torch.full((6, N_TOKENS), -1)
     known[1, :5], known[4, 7:9] = 2, 11
-    together = engine.generate(text, list(range(6)), options, known=known, rows_per_batch=rows_per_batch)
+    together = engine.generate(text, list(range(6)), options, known=known)
     for row in range(6):
         alone = engine.generate(text[row // 2 : row // 2 + 1], [row], options[row], known=known[row])
         assert torch.equal(alone[0], together[row])
@@ -236,19 +224,15 @@ def test_a_wholly_known_picture_is_returned_as_it_is() -> None:
     assert torch.equal(drawn.flatten(), known)
 
 
-def test_the_callback_sees_every_finished_row_of_every_batch() -> None:
+def test_the_callback_sees_every_finished_row() -> None:
     seen: list[tuple[int, Tensor]] = []
-    text = captions(2)
     drawn = Engine(build()).generate(
-        text, [0, 1], on_row_end=lambda row, tokens: seen.append((row, tokens)), rows_per_batch=1
+        captions(2), [0, 1], on_row_end=lambda row, tokens: seen.append((row, tokens))
     )
-    assert [row for row, _ in seen] == [0, 1, 2, 3, 0, 1, 2, 3]
-    for call, (row, tokens) in enumerate(seen):
-        current = call // GRID
-        assert torch.equal(tokens[current, : row + 1], drawn[current, : row + 1])
-        assert bool((tokens[current, row + 1 :] == -1).all())
-    assert bool((seen[3][1][1] == -1).all())  # the second picture had not begun
-    assert torch.equal(seen[-1][1], drawn)
+    assert [row for row, _ in seen] == [0, 1, 2, 3]
+    for row, tokens in seen:
+        assert torch.equal(tokens[:, : row + 1], drawn[:, : row + 1])
+        assert bool((tokens[:, row + 1 :] == -1).all())
 
 
 def test_the_callback_cannot_change_the_drawing() -> None:
@@ -260,9 +244,9 @@ def test_the_callback_cannot_change_the_drawing() -> None:
 def test_returning_true_ends_the_run_with_the_rest_undrawn() -> None:
     engine, text = Engine(build()), captions(2)
     whole = engine.generate(text, [0, 1])
-    stopped = engine.generate(text, [0, 1], on_row_end=lambda row, tokens: row == 1, rows_per_batch=1)
-    assert torch.equal(stopped[0, :2], whole[0, :2])
-    assert bool((stopped[0, 2:] == -1).all()) and bool((stopped[1] == -1).all())
+    stopped = engine.generate(text, [0, 1], on_row_end=lambda row, tokens: row == 1)
+    assert torch.equal(stopped[:, :2], whole[:, :2])
+    assert bool((stopped[:, 2:] == -1).all())
 
 
 def test_an_interrupt_leaves_the_engine_usable() -> None:
@@ -301,20 +285,6 @@ def test_logits_that_are_not_numbers_are_an_error() -> None:
         Engine(transformer).generate(captions(1), [0])
 
 
-def test_batches_hold_whole_captions_or_parts_of_one() -> None:
-    assert plan_batches([2] * 5, 4) == [
-        Batch(range(0, 2), range(0, 4), (2, 2)),
-        Batch(range(2, 4), range(4, 8), (2, 2)),
-        Batch(range(4, 5), range(8, 10), (2,)),
-    ]
-    assert plan_batches([3] * 2, 2) == [
-        Batch(range(0, 1), range(0, 2), (2,)),
-        Batch(range(0, 1), range(2, 3), (1,)),
-        Batch(range(1, 2), range(3, 5), (2,)),
-        Batch(range(1, 2), range(5, 6), (1,)),
-    ]
-
-
 PADS = N_VOCAB + torch.arange(N_TEXT)
 
 
@@ -337,11 +307,6 @@ def test_arguments_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         Engine(build()).generate(text, seeds, known=known)
-
-
-def test_batches_of_no_rows_are_refused() -> None:
-    with pytest.raises(ValueError, match="rows_per_batch is 0"):
-        Engine(build()).generate(captions(1), [0], rows_per_batch=0)
 
 
 def test_small_models_draw_more_pictures_side_by_side_and_caches_stay_bounded() -> None:

@@ -1,4 +1,4 @@
-"""Recipe: what is stored with a picture, and the batch it names."""
+"""Recipe: what is stored with a picture, and the batch that is made of it again."""
 
 import json
 
@@ -6,22 +6,11 @@ import pytest
 import torch
 
 from dalle.config import validate
-from dalle.generation.engine import plan_batches
-from dalle.generation.options import GenerationOptions
-from dalle.generation.recipe import (
-    BatchPlan,
-    Completion,
-    Recipe,
-    Versions,
-    batch_plans,
-    caption_at,
-    count_pictures,
-    options_in_batch,
-    place_in_batch,
-    tokens_sha256,
-)
+from dalle.generation.batch import BatchRecord
+from dalle.generation.recipe import Recipe, Versions, batch_to_rerun, tokens_sha256
+from dalle.generation.request import Completion, GenerationOptions, Truncation
 
-BATCH = BatchPlan(captions=("a cat", "a dog"), seeds=(4, 5, 6, 7), position=2)
+BATCH = BatchRecord(captions=("a cat", "a dog"), seeds=(4, 5, 6, 7), position=2)
 RECIPE = Recipe(
     caption="a dog",
     seed=6,
@@ -52,53 +41,58 @@ def test_a_recipe_with_a_key_missing_or_unknown_is_refused() -> None:
         validate(Recipe, tree | {"sede": 1}, "recipe")
 
 
+def read(caption: str) -> tuple[torch.Tensor, Truncation | None]:
+    """Tokens that tell captions apart."""
+    return torch.tensor([len(caption), ord(caption[-1])]), None
+
+
 def test_the_recipes_own_caption_and_seed_take_their_place_in_the_batch() -> None:
-    assert place_in_batch(RECIPE) == (BATCH, True)
+    batch, is_consistent = batch_to_rerun(RECIPE, read)
+    assert is_consistent and batch.for_recipe(2) == BATCH
     changed = RECIPE.model_copy(update={"seed": 99, "caption": "a fox"})
-    batch, is_consistent = place_in_batch(changed)
-    assert batch.seeds == (4, 5, 99, 7) and batch.captions == ("a cat", "a fox")
+    batch, is_consistent = batch_to_rerun(changed, read)
+    record = batch.for_recipe(2)
+    assert record.seeds == (4, 5, 99, 7) and record.captions == ("a cat", "a fox")
+    assert batch.text[1].tolist() == [5, ord("x")]
     assert not is_consistent
+
+
+def test_a_caption_that_is_cut_in_another_place_is_not_the_recipes() -> None:
+    def cut(caption: str) -> tuple[torch.Tensor, Truncation | None]:
+        return read(caption)[0], Truncation(n_tokens=9, n_kept=5) if caption == "a dog" else None
+
+    assert not batch_to_rerun(RECIPE, cut)[1]
 
 
 @pytest.mark.parametrize("update", [{"position": 4}, {"seeds": (1, 2, 3)}])
 def test_a_batch_that_cannot_have_been_is_refused(update: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="it was changed by hand"):
-        place_in_batch(RECIPE.model_copy(update={"batch": BATCH.model_copy(update=update)}))
+        batch_to_rerun(RECIPE.model_copy(update={"batch": BATCH.model_copy(update=update)}), read)
 
 
 MIXED = BATCH.model_copy(update={"n_pictures": (1, 3), "guided": (1, 2, 3)})
 
 
-def test_a_batch_of_different_numbers_knows_whose_picture_is_whose() -> None:
-    assert count_pictures(BATCH) == [2, 2] and count_pictures(MIXED) == [1, 3]
-    owners = [caption_at(MIXED.model_copy(update={"position": position})) for position in range(4)]
-    assert owners == [0, 1, 1, 1]
-    for update in ({"n_pictures": (1, 2)}, {"n_pictures": (4,)}, {"guided": (4,)}):
-        with pytest.raises(ValueError, match="it was changed by hand"):
-            count_pictures(MIXED.model_copy(update=update))
-
-
 def test_the_same_pictures_of_a_batch_are_guided_again() -> None:
     plain = RECIPE.options
-    assert options_in_batch(RECIPE) == [plain] * 4
+    assert batch_to_rerun(RECIPE, read)[0].options == (plain,) * 4
     guided = RECIPE.model_copy(update={"batch": MIXED, "options": plain.model_copy(update={"guidance": 5.0})})
-    assert [one.guidance for one in options_in_batch(guided)] == [1.0, 5.0, 5.0, 5.0]
+    batch, is_consistent = batch_to_rerun(guided, read)
+    assert [one.guidance for one in batch.options] == [1.0, 5.0, 5.0, 5.0]
+    assert is_consistent, "position 2 is guided, and so is the recipe"
     unguided = RECIPE.model_copy(update={"batch": MIXED.model_copy(update={"guided": (0,)})})
-    assert [one.guidance != 1 for one in options_in_batch(unguided)] == [True, False, False, False]
-    assert place_in_batch(guided)[1], "position 2 is guided, and so is the recipe"
-    assert not place_in_batch(RECIPE.model_copy(update={"batch": MIXED}))[1]
+    batch, is_consistent = batch_to_rerun(unguided, read)
+    assert [one.guidance != 1 for one in batch.options] == [True, False, False, False] and is_consistent
+    assert not batch_to_rerun(RECIPE.model_copy(update={"batch": MIXED}), read)[1]
+    torn = RECIPE.model_copy(update={"batch": MIXED.model_copy(update={"guided": (1,)})})
+    with pytest.raises(ValueError, match="it was changed by hand"):
+        batch_to_rerun(torn, read)
 
 
 def test_a_recipe_of_an_older_dalle_is_read() -> None:
     tree = RECIPE.model_dump(mode="json")
     del tree["batch"]["n_pictures"], tree["batch"]["guided"]
     assert validate(Recipe, tree, "recipe") == RECIPE
-
-
-def test_every_row_of_a_call_has_its_batch() -> None:
-    plans = batch_plans(plan_batches([2] * 3, 4), ["a", "b", "c"], [0, 1, 2, 3, 4, 5], 4)
-    assert [plan.seeds[plan.position] for plan in plans] == [0, 1, 2, 3, 4, 5]
-    assert [plan.captions for plan in plans] == [("a", "b")] * 4 + [("c",)] * 2
 
 
 def test_the_hash_of_tokens_depends_on_values_and_order_not_on_type() -> None:

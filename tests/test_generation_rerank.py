@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dalle.clip_tokenizer import CLIPTokenizer
 from dalle.generation.rerank import CHUNK, Ranker, best_first
+from dalle.manifest import write_manifest
 from dalle.tokenizer import Tokenizer, TokenizerConfig
-from dalle.weights import write_manifest
 from tests.tiny import tiny_clip
 
 SIDE = 16
@@ -56,7 +56,9 @@ def test_chunks_and_order_change_no_score(ranker: Ranker) -> None:
 def test_the_same_picture_twice_has_the_same_score(ranker: Ranker) -> None:
     drawn = pictures(4)[[0, 1, 0, 2, 0]]
     found = scores(ranker, drawn, 5)
-    assert found[0] == found[2] == found[4] != found[1]
+    # Its place in the chunk may round otherwise in the last bit.
+    assert found[[2, 4]].tolist() == pytest.approx([float(found[0])] * 2, abs=1e-6)
+    assert abs(float(found[1] - found[0])) > 1e-3
 
 
 def test_more_candidates_never_make_the_best_worse(ranker: Ranker) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dalle.generation.options import GenerationOptions
+from dalle.generation.request import GenerationOptions
 from dalle.generation.sampling import (
     MAX_SEED,
     combine_guidance,

@@ -382,6 +382,31 @@ def test_center_crop_averages_so_that_fine_stripes_do_not_alias() -> None:
 # Tensors
 
 
+def test_a_shifted_picture_is_moved_by_whole_pixels_and_repeats_its_edge() -> None:
+    picture, seen = np.asarray(noise(9, 7)), set()
+    for seed in range(60):
+        found = np.asarray(images.shifted(Image.fromarray(picture), 1, np.random.default_rng(seed)))
+        rows, columns = np.arange(7)[:, None], np.arange(9)[None]
+        moves = [
+            (down, right)
+            for down in (-1, 0, 1)
+            for right in (-1, 0, 1)
+            if np.array_equal(found, picture[np.clip(rows - down, 0, 6), np.clip(columns - right, 0, 8)])
+        ]
+        assert len(moves) == 1
+        seen.update(moves)
+    assert len(seen) == 9
+
+
+def test_box_filtered_pictures_are_those_of_the_smaller_crop() -> None:
+    large = [noise(64, 64, seed) for seed in range(3)]
+    small = images.to_tensor([images.center_crop(image, 32) for image in large])
+    assert torch.equal(images.box_filtered(images.to_tensor(large), 32), small)
+    assert torch.equal(images.box_filtered(small, 32), small)
+    with pytest.raises(ValueError, match="64 px a side, which is no multiple of 48"):
+        images.box_filtered(images.to_tensor(large), 48)
+
+
 def test_tensor_round_trip_is_exact() -> None:
     batch = [noise(5, 4, seed) for seed in range(3)]
     tensor = images.to_tensor(batch)

@@ -16,7 +16,7 @@ from torch import nn
 
 from dalle.dvae import DiscreteVAE, map_pixels, unmap_pixels
 from dalle.importers.openai_dvae import import_openai_dvae
-from dalle.weights import verify_manifest
+from dalle.manifest import VerifiedFolder
 
 # OpenAI's package: pip install --no-deps DALL-E==0.1. On the project's CI its absence is a failure, not a skip.
 dall_e = importlib.import_module("dall_e") if os.environ.get("DALLE_CI") else pytest.importorskip("dall_e")
@@ -64,7 +64,7 @@ def test_imported_model_computes_what_openais_package_computes(
     theirs: tuple[nn.Module, nn.Module], files: tuple[Path, Path], tmp_path: Path
 ) -> None:
     import_openai_dvae(*files, tmp_path / "model", image_size=32)
-    verify_manifest(tmp_path / "model")
+    VerifiedFolder(tmp_path / "model")
     index = json.loads((tmp_path / "model" / "model_index.json").read_text())
     assert index["components"] == {"dvae": "DiscreteVAE"}
     model = DiscreteVAE.from_pretrained(tmp_path / "model" / "dvae")

@@ -17,13 +17,12 @@ LAYERS = (
     ("pipeline",),
     ("model_folder",),
     ("generation",),
-    ("data",),
+    ("data", "published"),
     ("dvae", "transformer", "clip"),
     ("tokenizer", "clip_tokenizer", "attention", "images"),
-    (
-        "weights",
-        "picture_metadata",
-    ),  # below its neighbours: a tokenizer and a PNG are written with the same atomic writes
+    ("weights",),
+    ("manifest",),  # below weights: a component is checked before it is read
+    ("files", "picture_files"),
     ("config",),
 )
 HEIGHT = {name: len(LAYERS) - row for row, names in enumerate(LAYERS) for name in names}
@@ -113,7 +112,7 @@ def write(root: Path, files: dict[str, str]) -> Path:
         ("dalle/dvae.py", "from dalle import DallePipeline\n", "dalle/__init__.py (cli)"),
         ("dalle/dvae.py", "import dalle\n", "dalle/__init__.py (cli)"),
         ("dalle/data/pairs.py", "from ..training.loop import run\n", "dalle/training/loop.py (training)"),
-        ("dalle/weights.py", "from dalle.images import open_image\n", "dalle/images.py (images)"),
+        ("dalle/files.py", "from dalle.images import open_image\n", "dalle/images.py (images)"),
         ("dalle/attention.py", "from dalle.images import open_image\n", "dalle/images.py (images)"),
         ("dalle/training/loop.py", "from dalle.serving import jobs\n", "dalle/serving/jobs.py (serving)"),
         (
@@ -134,7 +133,7 @@ def test_an_import_that_goes_up_or_sideways_is_caught(
         "dvae",
         "attention",
         "images",
-        "weights",
+        "files",
         "data/pairs",
     )
     empty = {f"dalle/{name}.py": "" for name in (*names, "training/loop", "serving/jobs")}

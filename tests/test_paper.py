@@ -10,7 +10,7 @@ from torch import nn
 from dalle.config import load_preset, override, validate
 from dalle.data.pair import Pair
 from dalle.dvae import DiscreteVAE
-from dalle.generation.options import GenerationOptions
+from dalle.generation.request import GenerationOptions
 from dalle.tokenizer import Tokenizer
 from dalle.training.optim import PLATEAU_WINDOW, MovingAverage, Plateau, adamw, half_cosine, learning_rate
 from dalle.training.recipe import Recipe, transformer_config

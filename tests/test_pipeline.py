@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dalle.generation.options import GenerationOptions
+from dalle.files import file_sha256
 from dalle.generation.precision import default_dtype
+from dalle.generation.request import GenerationOptions, ModelDefaults
 from dalle.generation.rerank import CHUNK, Ranker
 from dalle.images import center_crop, read_recipe, save_png, to_tensor
 from dalle.pipeline import DallePipeline
 from dalle.tokenizer import Tokenizer, TokenizerConfig
-from dalle.weights import file_sha256
-from tests.tiny import GRID, N_TEXT, needs_compiler, tiny_clip, tiny_dvae, tiny_transformer
+from tests.tiny import GRID, LARGE, N_TEXT, needs_compiler, tiny_clip, tiny_dvae, tiny_transformer
 
 CAPTIONS = ["a red apple", "a blue boat", "two cats"]
 
@@ -150,6 +150,20 @@ def test_completion_keeps_the_top_rows_and_draws_the_rest(pipe: DallePipeline, p
     assert len({tuple(tokens[2:].flatten().tolist()) for tokens in out.tokens}) == 3
 
 
+def test_a_decoder_that_draws_more_pixels_completes_from_the_same_tokens(
+    pipe: DallePipeline, photo: Image.Image
+) -> None:
+    dvae = tiny_dvae(**LARGE)
+    dvae.encoder.load_state_dict(pipe.dvae.encoder.state_dict())
+    large = DallePipeline(pipe.tokenizer, dvae, pipe.transformer)
+    drawn = large(CAPTIONS[0], seed=1, image=photo, keep_rows=2)
+    assert drawn.images[0].size == (64, 64)
+    assert torch.equal(drawn.tokens, pipe(CAPTIONS[0], seed=1, image=photo, keep_rows=2).tokens)
+    assert large.preview(drawn.tokens, 3).shape == (1, 3, 48, 64)
+    image, is_equal = large.rerun(drawn.recipes[0])
+    assert is_equal and image.tobytes() == drawn.images[0].tobytes()
+
+
 def test_a_mask_draws_its_cells_anew_and_its_recipe_draws_them_again(
     pipe: DallePipeline, photo: Image.Image
 ) -> None:
@@ -180,17 +194,17 @@ def test_transparent_parts_of_a_kept_picture_are_white(pipe: DallePipeline) -> N
         ({"keep_rows": 2}, "image is missing; a completion needs image and either keep_rows"),
         ({"image": Image.new("RGB", (8, 8))}, "keep_rows is missing"),
         ({"image": Image.new("RGB", (8, 8)), "keep_rows": 5}, r"keep_rows is 5; .* choose 1\.\.4"),
-        ({"image": Image.new("RGB", (8, 8)), "keep_rows": 0}, r"keep_rows is 0; .* choose 1\.\.4"),
-        ({"image": Image.new("RGB", (8, 8)), "mask": "m.png"}, "mask is 'm.png'; it must be a PIL image"),
-        ({"image": "cat.png", "keep_rows": 1}, "image is 'cat.png'; it must be a PIL image"),
+        ({"image": Image.new("RGB", (8, 8)), "keep_rows": 0}, "keep_rows = 0: must be greater"),
+        ({"image": Image.new("RGB", (8, 8)), "mask": "m.png"}, 'mask = "m.png": must be a PIL image'),
+        ({"image": "cat.png", "keep_rows": 1}, 'image = "cat.png": must be a PIL image'),
         ({"num_candidates": 4}, "needs a CLIP"),
-        ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
-        ({"seed": -1}, "seed is -1"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt = 0"),
+        ({"seed": -1}, "seed = -1"),
         ({"temperature": -1.0}, "temperature = -1"),
         ({"top_p": 2.0}, "top_p = 2"),
         ({"output_type": "np"}, "output_type is 'np'"),
         ({"rows_per_batch": 0}, "rows_per_batch is 0"),
-        ({"prompt": []}, "prompt is"),
+        ({"prompt": []}, "prompt = "),
     ],
 )
 def test_a_wrong_argument_is_one_clear_line(
@@ -328,7 +342,7 @@ def test_an_unsaved_models_hash_is_that_of_its_saved_folder(tokenizer: Tokenizer
 
 
 def test_the_index_names_components_and_defaults(pipe: DallePipeline, tmp_path: Path) -> None:
-    defaults = GenerationOptions(temperature=0.9, guidance=3)
+    defaults = ModelDefaults(temperature=0.9, guidance=3)
     DallePipeline(pipe.tokenizer, pipe.dvae, pipe.transformer, defaults).save_pretrained(tmp_path / "m")
     index = json.loads((tmp_path / "m" / "model_index.json").read_text())
     assert index["_class_name"] == "DallePipeline" and index["_dalle_version"]
@@ -645,6 +659,22 @@ def test_a_model_with_a_clip_ranks_by_itself_and_keeps_it_when_saved(
     assert unranked.recipes[0]["ranker"] is None
     plain = loaded(CAPTIONS[0], num_images_per_prompt=2)
     assert plain.scores is not None and list(plain.scores) == sorted(plain.scores, reverse=True)
+
+
+def test_a_models_default_number_of_candidates_is_drawn_and_kept_when_saved(
+    pipe: DallePipeline, ranker: Ranker, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    defaults = ModelDefaults(candidates=5)
+    choosing = DallePipeline(pipe.tokenizer, pipe.dvae, pipe.transformer, defaults, ranker)
+    out = choosing(CAPTIONS[0], num_images_per_prompt=2)
+    expected = pipe(CAPTIONS[0], num_images_per_prompt=2, num_candidates=5, ranker=ranker)
+    assert out.seeds == expected.seeds and len(out.images) == 2
+    assert len(choosing(CAPTIONS[0], num_candidates=1, num_images_per_prompt=1).seeds) == 1
+    choosing.save_pretrained(tmp_path / "model")
+    assert DallePipeline.from_pretrained(tmp_path / "model").defaults == defaults
+    plain = DallePipeline(pipe.tokenizer, pipe.dvae, pipe.transformer, defaults)
+    assert plain(CAPTIONS[0], num_images_per_prompt=2).seeds == (0, 1)
+    assert "needs a CLIP, which is missing: drawing 2" in caplog.text
 
 
 def test_a_ranker_that_cannot_read_the_caption_is_refused_before_anything_is_drawn(

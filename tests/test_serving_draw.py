@@ -12,6 +12,7 @@ from PIL import Image
 
 from dalle.images import open_image, read_recipe
 from tests.live import Live, gated_pipe, live_server, parse_events
+from tests.tiny import LARGE
 
 
 @pytest.fixture(scope="module")
@@ -194,3 +195,19 @@ def test_without_a_clip_pictures_come_in_the_order_of_their_seeds(tmp_path: Any)
         assert status == 400
         png = plain.request("GET", settled["pictures"][1]["url"])[2]
         assert open_image(png).size == (32, 32) and read_recipe(png)["rank"] is None
+
+
+def test_a_decoder_that_draws_more_pixels_is_shown_at_its_size(tmp_path: Any) -> None:
+    with live_server(tmp_path, gated_pipe(**LARGE)) as large:
+        assert json.loads(large.request("GET", "/api/info")[2])["image_size"] == 64
+        body = {"prompt": "a dog", "num_images": 2, "seed": 8, "image": encoded(), "keep_rows": 1}
+        events = large.events(body)
+        assert events[1][1]["image_size"] == 64
+        assert next(event["tile"] for name, event in events if name == "row") == 64
+        png = large.request("GET", events[-1][1]["pictures"][0]["url"])[2]
+        assert open_image(png).size == (64, 64)
+        token = large.request("GET", "/api/codebook/3.png")
+        order = {"prompt": "a dog", "size": "64x64", "response_format": "b64_json"}
+        status, _, answer = large.request("POST", "/v1/images/generations", order)
+    assert status == 200 and json.loads(answer)["size"] == "64x64"
+    assert token[0] == 200 and open_image(token[2]).size == (16, 16)

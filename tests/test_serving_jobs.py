@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from PIL import Image, ImageChops
 
 from dalle.generation.recipe import Recipe
+from dalle.generation.request import ImageRequest
 from dalle.images import read_recipe
 from dalle.pipeline import DallePipeline
 from dalle.serving.history import History
@@ -63,9 +64,8 @@ def jobs(pipe: GatedPipeline, tmp_path: Path) -> Iterator[Jobs]:
 def submit(
     jobs: Jobs, pipe: DallePipeline, caption: str = "a dog", n: int = 1, **asked: Any
 ) -> tuple[Job, Recorder]:
-    [request] = pipe.prepare(
-        caption, **({"num_images_per_prompt": n, "seed": 0, "ranker": pipe.ranker} | asked)
-    )
+    fields = {"num_images_per_prompt": n, "seed": 0} | asked
+    [request] = pipe.prepare(ImageRequest(caption, **fields), pipe.ranker)  # type: ignore[arg-type]
     recorder = Recorder()
     return jobs.submit(jobs.reserve(len(request.seeds)), request, recorder, keeps_candidates=True), recorder
 
@@ -137,7 +137,7 @@ class Queue(RuleBasedStateMachine):
     def queue(self, caption: str) -> None:
         reservation, recorder = self.held.pop(0), Recorder()
         n = reservation.n_slots
-        [request] = self.pipe.prepare(caption, num_images_per_prompt=n, ranker=self.pipe.ranker)
+        [request] = self.pipe.prepare(ImageRequest(caption, num_images_per_prompt=n), self.pipe.ranker)
         job = self.jobs.submit(reservation, request, recorder)
         self.live[job.id] = job, recorder
         self.all.append((job, recorder))

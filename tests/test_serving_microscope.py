@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from dalle.attention import LAYER_KINDS, dense_mask
-from dalle.generation.options import GenerationOptions
+from dalle.generation.request import GenerationOptions
 from dalle.images import to_images
 from dalle.pipeline import DallePipeline
 from dalle.serving.app import create_app

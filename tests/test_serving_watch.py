@@ -198,6 +198,7 @@ def test_stages_say_where_they_stand(tmp_path: Path) -> None:
     states = {state.stage: state for state in written.look().stages}
     assert [(stage, state.status) for stage, state in states.items()] == [
         ("dvae", "given"),
+        ("decoder", "waiting"),
         ("transformer", "running"),
         ("clip", "waiting"),
     ]

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
+from dalle import files, manifest
 from dalle import tokenizer as tokenizer_module
-from dalle import weights
 from dalle.tokenizer import Tokenizer, TokenizerConfig
 
 CAPTIONS = [
@@ -340,7 +340,7 @@ def test_save_and_load_round_trips(config: TokenizerConfig, tmp_path: Path) -> N
 
 def test_loading_verifies_the_manifest(tmp_path: Path) -> None:
     TRAINED[PAPER].save_pretrained(tmp_path / "tokenizer")
-    weights.write_manifest(tmp_path)
+    manifest.write_manifest(tmp_path)
     Tokenizer.from_pretrained(tmp_path / "tokenizer")
     path = tmp_path / "tokenizer" / "tokenizer.json"
     path.write_bytes(path.read_bytes() + b"\n")
@@ -361,13 +361,13 @@ def test_junk_files_are_one_line_errors_with_the_path(tmp_path: Path, name: str,
 
 def test_a_tokenizer_that_does_not_fit_its_config_is_an_error(tmp_path: Path) -> None:
     TRAINED[PAPER].save_pretrained(tmp_path)
-    weights.write_json(tmp_path / "config.json", SHORT.model_dump(mode="json"))
+    files.write_json(tmp_path / "config.json", SHORT.model_dump(mode="json"))
     with pytest.raises(ValueError, match="space_tokens is False"):
         Tokenizer.from_pretrained(tmp_path)
     broken = json.loads(TRAINED[PAPER]._json)
     broken["model"]["merges"] = []
     broken["model"]["vocab"] = {"a": 0}
     (tmp_path / "tokenizer.json").write_text(json.dumps(broken))
-    weights.write_json(tmp_path / "config.json", PAPER.model_dump(mode="json"))
+    files.write_json(tmp_path / "config.json", PAPER.model_dump(mode="json"))
     with pytest.raises(ValueError, match="255 symbols of the base alphabet are missing"):
         Tokenizer.from_pretrained(tmp_path)

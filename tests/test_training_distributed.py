@@ -14,7 +14,7 @@ from dalle.data.pair import Pair
 from dalle.data.pairs import read_pairs
 from dalle.data.reading import BadSampleLog
 from dalle.data.shapes import write_shapes
-from dalle.generation.options import GenerationOptions
+from dalle.generation.request import GenerationOptions
 from dalle.training import loop
 from dalle.training.clip import CLIPStage
 from dalle.training.distributed import Layout, _mesh

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from dalle.training.log import RunLog
+from dalle.training.log import RunLog, duration
 
 
 def refuse(constant: str) -> NoReturn:
@@ -113,10 +113,33 @@ def test_quiet_says_nothing_and_a_plain_line_names_stage_steps_and_eta(
     with caplog.at_level(logging.INFO):
         for quiet in (True, False):
             with RunLog(tmp_path, "dvae", steps=10, done=0, quiet=quiet) as log:
-                log.last_line = -math.inf
                 log.step(1, 4, 0.5)
                 log.step(2, 4, 0.5)  # within the next LINE_SECONDS: no second line
                 log.say("dvae 2: psnr 20")
     line, said = [record.getMessage() for record in caplog.records]
-    assert line.startswith("dvae 1/10  loss 0.5000") and "ETA 0:0" in line
+    assert line.startswith("dvae 1/10  loss 0.5000") and line.endswith("ETA 1 second")
     assert said == "dvae 2: psnr 20"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        (0.0, "1 second"),
+        (1.4, "1 second"),
+        (89, "89 seconds"),
+        (89.7, "1 minute"),
+        (91, "2 minutes"),
+        (26 * 60 + 10, "26 minutes"),
+        (89.4 * 60, "89 minutes"),
+        (90 * 60, "1.5 hours"),
+        (7200, "2 hours"),
+        (7.04 * 3600, "7 hours"),
+        (47 * 3600, "47 hours"),
+        (48 * 3600, "2 days"),
+        (2.5 * 86400, "2.5 days"),
+        (9.96 * 86400, "10 days"),
+        (1234567 * 86400, "1,234,567 days"),
+    ],
+)
+def test_durations_are_words_of_one_unit(seconds: float, expected: str) -> None:
+    assert duration(seconds) == expected

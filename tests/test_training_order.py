@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 
 from dalle.data.pair import Pair
-from dalle.training.order import Order, rng
+from dalle.training.order import Order, epoch_line, rng
 from dalle.training.recipe import Balance
 
 
@@ -90,6 +90,31 @@ def test_a_balance_caps_pictures_that_agree_in_all_fields_and_draws_them_anew() 
         seen.update(epoch)
     assert len(set(chosen)) > 50, "redrawn each epoch"
     assert seen == set(range(24)), "nobody is left out for good"
+
+
+def test_a_picture_without_the_fields_of_the_balance_is_a_group_of_its_own() -> None:
+    balance = Balance(fields=("okey", "style"), cap=2)
+    assert sorted(Order(pairs(208), 0, balance).epoch(0)) == list(range(208))
+    assert Order(pairs(208, okey="", style=None), 0, balance).n_epoch == 208, "empty cells of a table"
+    assert Order(pairs(208, okey="apple"), 0, balance).n_epoch == 2, "one of the fields is enough"
+    assert Order(pairs(5) + pairs(4, okey=3), 0, Balance(fields=("okey",), cap=1)).n_epoch == 6
+
+
+def test_the_size_of_an_epoch_is_said_with_its_reason() -> None:
+    balance = Balance(fields=("okey", "style"), cap=2)
+    assert epoch_line(pairs(3), None) == "an epoch has all 3 pictures to learn from"
+    assert epoch_line(people_and_things(), balance) == (
+        "an epoch has 5 of 24 pictures to learn from: [balance] takes at most 2 that agree in okey and style; "
+        "--set balance=none takes all"
+    )
+    assert epoch_line(people_and_things() + pairs(1200), balance) == (
+        "an epoch has 1,205 of 1,224 pictures to learn from: [balance] takes at most 2 that agree in okey and style; "
+        "1,200 have none of these fields and always count; --set balance=none takes all"
+    )
+    assert epoch_line(pairs(9), balance) == (
+        "an epoch has 9 of 9 pictures to learn from: [balance] takes at most 2 that agree in okey and style; "
+        "9 have none of these fields and always count"
+    )
 
 
 def test_without_a_balance_alike_pictures_all_count() -> None:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +11,9 @@ from typer.testing import CliRunner
 
 from dalle.attention import LAYER_KINDS, dense_mask
 from dalle.cli import app
-from dalle.config import load_preset, override, validate
+from dalle.config import validate
+from dalle.training import cpu
+from dalle.training import plan as plan_file
 from dalle.training.cost import (
     activations,
     allowed_pairs,
@@ -18,17 +22,24 @@ from dalle.training.cost import (
     parameters_by_part,
     transformer_flops,
 )
-from dalle.training.devices import CPU, DEVICES, Machine, newton_schulz_flops
-from dalle.training.plan import Plan, Row, make_plan, paper_rank, paper_ratio, plan_cpu
+from dalle.training.cpu import Machine, newton_schulz_flops, plan_cpu
+from dalle.training.devices import DEVICES
+from dalle.training.log import duration
+from dalle.training.peaks import bandwidth, gemm_peak
+from dalle.training.plan import Plan, make_plan, paper_rank, paper_ratio
 from dalle.training.plan_table import lines
-from dalle.training.recipe import Recipe, transformer_config
+from dalle.training.recipe import Recipe, load_recipe, transformer_config
+from dalle.training.rows import Row
 from dalle.transformer import Transformer, TransformerConfig
 
 PRESETS = ("tiny", "laptop", "gpu", "paper")
+# Two quiet cores with native bfloat16, and the same as if without it.
+CPU = Machine(0.43e12, 0.21e12, 34.7e9, "bfloat16", 2)
+OLD_CPU = Machine(0.21e12, 0.21e12, 34.7e9, "float32", 2)
 
 
 def recipe_of(preset: str, *settings: str) -> Recipe:
-    return validate(Recipe, override(load_preset(preset), settings), preset)
+    return load_recipe(preset, settings)
 
 
 def config_of(recipe: Recipe) -> TransformerConfig:
@@ -89,8 +100,8 @@ def test_flops_of_the_papers_dvae() -> None:
     assert encode / 1e9 == pytest.approx(272, rel=5e-3) and decode / 1e9 == pytest.approx(307, rel=5e-3)
 
 
-def saved_bytes(config: TransformerConfig, batch: int) -> int:
-    """Bytes that autograd keeps for the backward pass of a CPU's bfloat16 training, weights left out."""
+def saved_bytes(config: TransformerConfig, batch: int, dtype: torch.dtype) -> int:
+    """Bytes that autograd keeps for the backward pass of a CPU's training in `dtype`, weights left out."""
     model = Transformer(config).train()
     model.set_dropout(0.1)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -107,26 +118,27 @@ def saved_bytes(config: TransformerConfig, batch: int) -> int:
     image = torch.randint(config.n_image_vocab, (batch, config.n_image_tokens))
     with (
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        torch.autocast("cpu", dtype=torch.bfloat16),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16),
     ):
         model.loss(text, image)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     ("n_text", "grid", "kind", "tolerance"),
     [(32, 8, "row", 0.01), (32, 8, "column", 0.01), (64, 16, "row", 0.1), (64, 16, "column", 0.1)],
 )
 def test_a_layer_keeps_the_bytes_that_the_plan_says(
-    n_text: int, grid: int, kind: str, tolerance: float
+    n_text: int, grid: int, kind: str, tolerance: float, dtype: torch.dtype
 ) -> None:
     sizes = {"n_heads": 2, "d_head": 32, "n_text_tokens": n_text, "n_text_vocab": 64, "grid_size": grid}
     one, two = (
         validate(TransformerConfig, {**sizes, "n_layers": n, "n_image_vocab": 64, "layers": [kind] * n}, "")
         for n in (1, 2)
     )
-    found = (saved_bytes(two, batch=3) - saved_bytes(one, batch=3)) / 3
-    assert activations(one, "cpu").layer == pytest.approx(found, rel=tolerance)
+    found = (saved_bytes(two, 3, dtype) - saved_bytes(one, 3, dtype)) / 3
+    assert activations(one, "cpu", dtype.itemsize).layer == pytest.approx(found, rel=tolerance)
 
 
 def test_checkpointing_keeps_inputs_alone() -> None:
@@ -192,17 +204,84 @@ def test_muon_keeps_one_moment_of_the_matrices() -> None:
     assert adamw.moments - muon.moments == 4 * 12 * 32 * 1024**2
 
 
-def test_a_cpu_plan_follows_the_machine_and_the_model() -> None:
+@pytest.mark.parametrize("machine", [CPU, OLD_CPU])
+def test_a_cpu_plan_follows_the_machine_and_the_model(machine: Machine) -> None:
     recipe = recipe_of("laptop")
     config, training = config_of(recipe), recipe.transformer_training
-    row = plan_cpu(config, training, CPU)
-    twice = plan_cpu(config, training, Machine(2 * CPU.flops, 2 * CPU.bandwidth))
+    row = plan_cpu(config, training, machine)
+    doubled = {name: 2 * getattr(machine, name) for name in ("flops", "float32_flops", "bandwidth")}
+    twice = plan_cpu(config, training, replace(machine, **doubled))
     assert row.speed is not None and twice.speed is not None
     assert twice.speed.step == pytest.approx(row.speed.step / 2)
-    wider = plan_cpu(config.model_copy(update={"n_heads": 8}), training, CPU)
+    wider = plan_cpu(config.model_copy(update={"n_heads": 8}), training, machine)
     assert wider.speed is not None and wider.speed.step > 2 * row.speed.step
     assert row.memory.total < wider.memory.total < 3 * row.memory.total
     assert 0.2 < row.speed.mfu < 1
+
+
+def test_a_cpu_without_bfloat16_keeps_wider_activations_and_no_copies_of_the_weights() -> None:
+    recipe = recipe_of("laptop")
+    of_new, of_old = (
+        plan_cpu(config_of(recipe), recipe.transformer_training, m).memory for m in (CPU, OLD_CPU)
+    )
+    assert of_new.gathered == 2 * 8_962_304 and of_old.gathered == 0
+    assert 1.3 < of_old.activations_per_sequence / of_new.activations_per_sequence < 2
+
+
+def test_a_cpu_plan_measures_this_machine_in_the_dtype_it_trains_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def peak(device: str, dtype: torch.dtype, **_: float) -> float:
+        asked.append(dtype)
+        return 3e12 if dtype == torch.bfloat16 else 1e12
+
+    monkeypatch.setattr(cpu, "gemm_peak", peak)
+    monkeypatch.setattr(cpu, "bandwidth", lambda *_: 1e10)
+    for capabilities, precision, kind in (
+        ({"amx_bf16": True, "avx512_bf16": True}, "auto", "amx"),
+        ({"avx512_bf16": True}, "auto", "bfloat16"),
+        ({"avx512_bf16": True}, "fp32", "float32"),
+        ({"avx2": True}, "auto", "float32"),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)  # noqa: B023
+        asked.clear()
+        plan = make_plan(recipe_of("laptop", f"transformer_training.precision={precision}"), device="cpu")
+        assert set(asked) == {torch.float32} | ({torch.bfloat16} if kind != "float32" else set())
+        (said,) = [line for line in plan.assumptions if "measured just now" in line]
+        flops = 1e12 if kind == "float32" else 3e12
+        assert str(Machine(flops, 1e12, 1e10, kind, torch.get_num_threads())) in said
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    with pytest.raises(ValueError, match=r"no native bfloat16, .* precision fp32"):
+        make_plan(recipe_of("laptop", "transformer_training.precision=bf16"), device="cpu")
+
+
+def test_this_machine_is_measured_briefly() -> None:
+    began = time.monotonic()
+    flops, moved = gemm_peak("cpu", torch.float32, largest=1024, patience=0.05), bandwidth("cpu", 2**22)
+    assert flops > 1e8 and moved > 1e7 and time.monotonic() - began < 20
+
+
+def test_a_machine_is_told_by_its_kind_threads_and_rates() -> None:
+    assert str(CPU) == (
+        "native bfloat16, 2 threads; best products 0.43 TFLOP/s in bfloat16, 0.21 TFLOP/s in float32; 35 GB/s"
+    )
+    assert str(replace(OLD_CPU, n_threads=1)) == (
+        "float32, 1 thread; best products 0.21 TFLOP/s in float32; 35 GB/s"
+    )
+    assert (CPU.dtype, OLD_CPU.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_a_cpu_plan_foretells_every_stage_in_words() -> None:
+    plan = make_plan(recipe_of("laptop"), device="cpu", machine=CPU)
+    stages, step = plan.stages, only_row(plan).speed
+    assert step is not None and stages["transformer"].seconds == pytest.approx(4500 * step.step)
+    for name, share in (("dvae", CPU.efficiency.dvae), ("clip", CPU.efficiency.clip)):
+        assert stages[name].seconds == pytest.approx(stages[name].flops / share / CPU.flops)
+    text = "\n".join(lines(plan))
+    total = sum(stage.seconds or 0 for stage in stages.values())
+    assert f"all stages   {duration(total)}" in text and "days" not in text and "GPU" not in text
+    short = make_plan(recipe_of("tiny"), device="cpu", machine=CPU)
+    assert "seconds" in "\n".join(lines(short))
 
 
 def test_newton_schulz_costs_three_products_an_iteration() -> None:
@@ -235,7 +314,8 @@ def test_the_command_prints_the_table_with_its_assumptions() -> None:
     assert "MFU is assumed" in result.stdout and "has not been measured" in result.stdout
 
 
-def test_json_is_one_object_with_the_transformers_parameters_first() -> None:
+def test_json_is_one_object_with_the_transformers_parameters_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_file, "measured", lambda dtype: CPU)
     result = CliRunner().invoke(app, ["plan", "--preset", "laptop", "--gpu", "cpu", "--json"])
     tree = json.loads(result.stdout)
     assert list(tree)[:2] == ["parameters", "parameters_by_part"]

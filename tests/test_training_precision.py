@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dalle import weights
+from dalle import files
 from dalle.config import load_preset, override, validate
 from dalle.training import loop, precision
 from dalle.training.adamw16 import MAX_VARIANCE, AdamW16
@@ -392,7 +392,7 @@ def test_the_loop_trains_in_it_and_goes_on_from_a_checkpoint_to_the_same_bits(tm
     assert last["n_non_finite"] == 2
     # Both overflows came within 125 updates: one division, and four clean updates.
     assert last["lowest_scale_bits"] == last["highest_scale_bits"] == pytest.approx(12.504)
-    state = weights.read_json(tmp_path / "cut/checkpoints/transformer/step-6/state.json")
+    state = files.read_json(tmp_path / "cut/checkpoints/transformer/step-6/state.json")
     assert state["scales"]["steps"] == [12_504] * 4
 
 

@@ -1,13 +1,18 @@
 """Presets are valid recipes, paper.toml is the paper, and a mistake in a setting is one clear line."""
 
-import pytest
+from pathlib import Path
 
-from dalle.config import load_preset, override, validate
-from dalle.training.recipe import Recipe, transformer_config
+import pytest
+import torch
+
+from dalle.config import validate
+from dalle.training.recipe import Recipe, load_recipe, transformer_config, with_given
+from dalle.transformer import Transformer
+from tests.tiny import tiny_dvae
 
 
 def recipe(preset: str, *settings: str) -> Recipe:
-    return validate(Recipe, override(load_preset(preset), settings), preset)
+    return load_recipe(preset, settings)
 
 
 def error_of(*settings: str) -> str:
@@ -66,6 +71,10 @@ def test_paper_preset_holds_the_numbers_of_the_paper() -> None:
         ("dvae_training.step=3", "dvae_training.steps"),
         ("transformer_training.batchsize=3", "transformer_training.batch_size"),
         ("transformer.n_head=2", "transformer.n_heads"),
+        ("transformer.steps=2", "transformer_training.steps"),
+        ("dvae.batch_size=2", "dvae_training.batch_size"),
+        ("clip.steps=2", "clip_training.steps"),
+        ("transformer_training.n_layers=2", "transformer.n_layers"),
         ("sampling.temprature=1", "sampling.temperature"),
     ],
 )
@@ -90,4 +99,60 @@ def test_a_value_out_of_range_is_named_with_its_key(setting: str, named: str) ->
 
 
 def test_a_warmup_as_long_as_the_run_is_refused() -> None:
-    assert "warmup_steps 20 must be below steps 20" in error_of("dvae_training.steps=20")
+    settings = ("dvae_training.steps=20", "dvae_training.warmup_steps=20")
+    assert "warmup_steps 20 must be below steps 20" in error_of(*settings)
+
+
+@pytest.mark.parametrize(
+    ("preset", "settings", "warmup"),
+    [
+        ("laptop", ["steps=100"], 4),  # 200 of 4500
+        ("laptop", ["steps=10"], 1),
+        ("laptop", ["steps=1"], 0),
+        ("laptop", ["steps=9000"], 400),
+        ("laptop", ["steps=100", "warmup_steps=7"], 7),
+        ("laptop", ["warmup_steps=7", "steps=100"], 7),
+        ("laptop", ["batch_size=2"], 200),
+    ],
+)
+def test_a_warmup_keeps_its_share_of_the_presets_steps(preset: str, settings: list[str], warmup: int) -> None:
+    changed = load_recipe(preset, [f"transformer_training.{setting}" for setting in settings])
+    assert changed.transformer_training.warmup_steps == warmup
+    assert changed.dvae_training == load_recipe(preset, []).dvae_training
+
+
+def test_no_warmup_stays_none() -> None:
+    assert load_recipe("gpu", ["dvae_training.steps=100"]).dvae_training.warmup_steps == 0
+
+
+def test_steps_that_are_no_number_are_one_clear_line() -> None:
+    assert 'dvae_training.steps = "many": must be an integer' in error_of("dvae_training.steps=many")
+
+
+@pytest.mark.parametrize("word", ["none", "null"])
+def test_the_balance_can_be_switched_off(word: str) -> None:
+    assert recipe("laptop").balance is not None
+    assert recipe("laptop", f"balance={word}").balance is None
+
+
+@pytest.mark.parametrize(
+    "setting", ["kl_weight=6.6", "kl_steps=5", "final_temperature=0.5", "temperature_steps=5"]
+)
+def test_settings_of_the_relaxation_are_refused_where_the_quantizer_has_none(setting: str) -> None:
+    name, value = setting.split("=")
+    expected = f"dvae_training.{name} is {value}, but quantizer fsq has neither temperature nor KL"
+    assert expected in error_of(f"dvae_training.{setting}")
+
+
+def test_a_recipe_takes_the_sizes_of_the_parts_that_are_given_and_says_so(tmp_path: Path) -> None:
+    plain = recipe("tiny")
+    assert with_given(plain, tmp_path) == (plain, [])
+    with torch.device("meta"):
+        made = transformer_config(plain.transformer, plain.dvae, 300, 32)
+    Transformer(made.model_copy(update={"n_layers": 2})).save_pretrained(tmp_path / "transformer")
+    tiny_dvae().save_pretrained(tmp_path / "dvae")
+    found, said = with_given(recipe("tiny", "dvae.d_hidden=64"), tmp_path)
+    assert found.transformer == plain.transformer.model_copy(update={"n_layers": 2})
+    assert found.dvae == tiny_dvae().config and found.tokenizer == plain.tokenizer
+    assert "transformer.n_layers: 4 -> 2" in said
+    assert any(line.startswith("dvae.d_hidden: 64 -> ") for line in said)

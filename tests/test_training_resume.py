@@ -20,6 +20,23 @@ SETTINGS = [
     "dvae_training.sheet_every=4",
     "dvae_training.warmup_steps=2",
     "dvae_training.batch_size=4",
+    "dvae.output_size=64",
+    "dvae.decoder_widths=[16, 8, 8]",
+    "decoder_training.steps=7",
+    "decoder_training.checkpoint_every=2",
+    "decoder_training.validate_every=4",
+    "decoder_training.sheet_every=4",
+    "decoder_training.n_validation=8",
+    "decoder_training.batch_size=4",
+    "decoder_training.learning_rate=2e-3",
+    "decoder_training.final_learning_rate=0",
+    "decoder_training.weight_decay=1e-4",
+    "decoder_training.average_decay=0.9",
+    "decoder_training.crop=shift",
+    "decoder_training.feature_weight=0.1",
+    "decoder_training.token_noise=0.1",
+    "decoder_training.adversarial_share=0.3",
+    "decoder_training.adversarial_start=2",
     "transformer_training.steps=7",
     "transformer_training.checkpoint_every=2",
     "transformer_training.validate_every=4",
@@ -35,11 +52,11 @@ SETTINGS = [
 RUNNER = """
 import os, signal, sys
 import dalle.training.loop as loop
-import dalle.weights as weights
+import dalle.manifest as manifest
 from dalle.cli import main
 
 stage, step, place, number = sys.argv.pop(1).split(":")
-update, write_manifest = loop.update, weights.write_manifest
+update, write_manifest = loop.update, manifest.write_manifest
 def dying_update(current, optimizer, plateau, progress, *rest):
     result = update(current, optimizer, plateau, progress, *rest)
     if place == "update" and current.name == stage and progress.step == int(step):
@@ -49,7 +66,7 @@ def dying_manifest(folder, files=None):
     if place == "save" and stage in str(folder) and f"step-{step}" in str(folder):
         os.kill(os.getpid(), int(number))
     write_manifest(folder, files)
-loop.update, weights.write_manifest = dying_update, dying_manifest
+loop.update, manifest.write_manifest = dying_update, dying_manifest
 main()
 """
 
@@ -116,6 +133,8 @@ def test_killed_run_resumes_at_its_last_checkpoint_to_the_same_bits(
         ("dvae", 1, "update", None),
         ("dvae", 3, "update", 2),
         ("dvae", 6, "save", 4),
+        ("decoder", 4, "save", 2),
+        ("decoder", 5, "update", 4),
         ("transformer", 4, "save", 2),
         ("transformer", 7, "update", 6),
     ]
@@ -168,7 +187,7 @@ def test_broken_newest_checkpoint_falls_back_and_says_so(
 
 
 def test_checkpoints_keep_the_last_two(uninterrupted: Path) -> None:
-    for stage in ("dvae", "transformer"):
+    for stage in ("dvae", "decoder", "transformer"):
         kept = sorted(path.name for path in (uninterrupted / "run" / "checkpoints" / stage).glob("step-*"))
         assert kept == ["step-6", "step-7"]
         names = {path.name for path in (uninterrupted / "run" / "checkpoints" / stage / "step-7").iterdir()}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dalle import weights
+from dalle import files, manifest
 from dalle.training import checkpoint
 from dalle.training.loop import Stopped, train_stage
 from dalle.training.processes import World
@@ -102,14 +102,14 @@ def folders(root: Path) -> list[str]:
 def test_four_processes_stop_together_and_keep_two_whole_checkpoints(name: str, saved: Path) -> None:
     assert folders(saved / name) == ["step-2", "step-3"]
     newest = saved / name / "checkpoints" / "transformer" / "step-3"
-    weights.verify_manifest(newest)
-    files = sorted(path.name for path in newest.iterdir())
-    assert [name.split("-model")[0] for name in files] == [
+    manifest.VerifiedFolder(newest)
+    names = sorted(path.name for path in newest.iterdir())
+    assert [name.split("-model")[0] for name in names] == [
         "manifest.json",
         *(f"shard-{rank:05d}" for rank in range(1, 5)),
         "state.json",
     ]
-    assert set(weights.read_json(newest / "manifest.json")["files"]) == {*files} - {"manifest.json"}
+    assert set(files.read_json(newest / "manifest.json")["files"]) == {*names} - {"manifest.json"}
 
 
 @pytest.mark.parametrize("name", CASES)

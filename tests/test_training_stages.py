@@ -16,7 +16,7 @@ from dalle.data.pairs import read_pairs
 from dalle.data.reading import BadSampleLog
 from dalle.data.shapes import write_shapes
 from dalle.dvae import DiscreteVAE
-from dalle.generation.options import GenerationOptions
+from dalle.generation.request import GenerationOptions
 from dalle.tokenizer import Tokenizer
 from dalle.training.dvae import DVAEStage
 from dalle.training.order import rng

@@ -11,7 +11,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from dalle import weights
+from dalle import files, manifest, weights
 from dalle.config import load_preset, override, validate
 from dalle.data.shapes import write_shapes
 from dalle.data.source import Source
@@ -125,7 +125,7 @@ def test_stages_dvae_stops_after_the_dvae_and_the_rest_can_follow(
     run(data, out)
     for component in ("dvae", "transformer"):
         file = f"{component}/model.safetensors"
-        assert weights.file_sha256(out / file) == weights.file_sha256(trained / file), "as in one go"
+        assert files.file_sha256(out / file) == files.file_sha256(trained / file), "as in one go"
 
 
 def test_stages_transformer_without_a_dvae_is_refused(data: Path, tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_stages_transformer_uses_the_dvae_that_is_given(data: Path, trained: Pat
 
 def test_an_unknown_stage_is_refused_before_anything_is_written(data: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match="stage 'vqgan' is unknown: choose from tokenizer, dvae, transformer, clip"
+        ValueError, match="stage 'vqgan' is unknown: choose from tokenizer, dvae, decoder, transformer, clip"
     ):
         run(data, tmp_path / "model", stages=("dvae", "vqgan"))
     assert not (tmp_path / "model").exists()
@@ -228,8 +228,8 @@ def test_init_from_with_a_dvae_alone_trains_the_rest(data: Path, tmp_path: Path)
         image_size=32, n_codes=16, quantizer="gumbel", trunk="paper", d_hidden=8, d_code=8, n_blocks=1
     )
     DiscreteVAE(config).save_pretrained(given / "dvae")
-    weights.write_json(given / "model_index.json", {"components": {"dvae": "DiscreteVAE"}})
-    weights.write_manifest(given)
+    files.write_json(given / "model_index.json", {"components": {"dvae": "DiscreteVAE"}})
+    manifest.write_manifest(given)
     out = run(data, tmp_path / "model", init_from=given)
     file = "dvae/model.safetensors"
     assert (out / file).read_bytes() == (given / file).read_bytes()
@@ -264,12 +264,12 @@ def test_init_from_parts_that_do_not_fit_is_refused(data: Path, trained: Path, t
 def test_a_model_is_not_overwritten_by_another(data: Path, trained: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(trained, model, ignore=shutil.ignore_patterns("run"))
-    before = weights.file_sha256(model / "transformer" / "model.safetensors")
+    before = files.file_sha256(model / "transformer" / "model.safetensors")
     with pytest.raises(ValueError, match="holds a model that was not trained there: choose another --out"):
         run(data, model)
     with pytest.raises(ValueError, match="is --out as well, and would be overwritten: choose another --out"):
         run(data, model, init_from=model)
-    assert weights.file_sha256(model / "transformer" / "model.safetensors") == before
+    assert files.file_sha256(model / "transformer" / "model.safetensors") == before
     DallePipeline.from_pretrained(model)
 
 
@@ -288,9 +288,9 @@ def test_a_replaced_dvae_makes_its_stage_stale(data: Path, copy: Path) -> None:
 
 
 def test_a_dvae_that_is_trained_anew_makes_the_transformer_stale(data: Path, copy: Path) -> None:
-    records = weights.read_json(copy / "run" / "stages.json")
+    records = files.read_json(copy / "run" / "stages.json")
     records["transformer"]["inputs"]["dvae"] = "0" * 64
-    weights.write_json(copy / "run" / "stages.json", records)
+    files.write_json(copy / "run" / "stages.json", records)
     with pytest.raises(ValueError, match=r"stage transformer in .* is stale \(dvae: "):
         run(data, copy)
 
@@ -299,9 +299,9 @@ def forget(out: Path, stage: str) -> None:
     """Does what the error about a stale stage says."""
     shutil.rmtree(out / stage)
     shutil.rmtree(out / "run" / "checkpoints" / stage)
-    records = weights.read_json(out / "run" / "stages.json")
+    records = files.read_json(out / "run" / "stages.json")
     del records[stage]
-    weights.write_json(out / "run" / "stages.json", records)
+    files.write_json(out / "run" / "stages.json", records)
 
 
 @pytest.mark.parametrize("is_finished", [True, False])
@@ -309,13 +309,13 @@ def test_a_dvae_trained_anew_as_told_makes_the_transformer_stale_half_trained_or
     is_finished: bool, data: Path, copy: Path
 ) -> None:
     slower = "dvae_training.learning_rate=1e-4"  # stands for a GPU, where no two runs are alike
-    config = weights.read_json(copy / "run" / "config.json")
+    config = files.read_json(copy / "run" / "config.json")
     config["recipe"] = recipe(slower).identity()
-    weights.write_json(copy / "run" / "config.json", config)
+    files.write_json(copy / "run" / "config.json", config)
     if not is_finished:  # as a kill before the last stage's end leaves it
-        records = weights.read_json(copy / "run" / "stages.json")
+        records = files.read_json(copy / "run" / "stages.json")
         del records["transformer"]
-        weights.write_json(copy / "run" / "stages.json", records)
+        files.write_json(copy / "run" / "stages.json", records)
     forget(copy, "dvae")
     for _ in range(2):
         with pytest.raises(ValueError, match=r"stage transformer in .* is stale \(dvae: "):
@@ -407,7 +407,7 @@ def test_encoding_says_how_far_it_is(
     with caplog.at_level(logging.INFO):
         train(str(data), tmp_path / "m", recipe(), init_from=trained, device=cpu, dtype=torch.float32)
     said = [record.getMessage() for record in caplog.records]
-    assert any(message.startswith("encoding: 16/16 pictures  ETA 0:0") for message in said)
+    assert any(message.startswith("encoding: 16/16 pictures  ETA 1 second") for message in said)
 
 
 def test_bad_samples_are_listed_and_more_than_five_end_the_run(

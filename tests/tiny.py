@@ -17,6 +17,7 @@ from dalle.tokenizer import Tokenizer, TokenizerConfig
 from dalle.transformer import Transformer, TransformerConfig
 
 GRID, N_CODES, N_TEXT = 4, 64, 12
+LARGE = {"output_size": 64, "decoder_widths": (16, 8, 8)}  # of a dVAE that draws more pixels than it reads
 
 needs_compiler = pytest.mark.skipif(
     find_compiler() is None and not os.environ.get("DALLE_CI"), reason="needs a C compiler"
@@ -28,19 +29,20 @@ def tiny_tokenizer(captions: Iterable[str], n_text: int = N_TEXT) -> Tokenizer:
     return Tokenizer.train(captions, config)
 
 
-def tiny_dvae() -> DiscreteVAE:
-    """Reads 32 px pictures as 4x4 tokens of 64."""
-    config = DVAEConfig(
-        image_size=8 * GRID,
-        n_codes=N_CODES,
-        quantizer="fsq",
-        fsq_levels=(4, 4, 4),
-        trunk="light",
-        likelihood="mse_l1",
-        d_hidden=8,
-        d_code=8,
-        n_blocks=1,
-    )
+def tiny_dvae(**changes: Any) -> DiscreteVAE:
+    """Reads 32 px pictures as 4x4 tokens of 64; `changes` are settings."""
+    settings = {
+        "image_size": 8 * GRID,
+        "n_codes": N_CODES,
+        "quantizer": "fsq",
+        "fsq_levels": (4, 4, 4),
+        "trunk": "light",
+        "likelihood": "mse_l1",
+        "d_hidden": 8,
+        "d_code": 8,
+        "n_blocks": 1,
+    }
+    config = DVAEConfig.model_validate(settings | changes)
     with torch.random.fork_rng():
         torch.manual_seed(2)
         dvae = DiscreteVAE(config)
@@ -94,6 +96,6 @@ def tiny_clip(tokenizer: Tokenizer | CLIPTokenizer, seed: int = 4, **changes: An
         return CLIP(validate(CLIPConfig, settings | changes, "test")).eval()
 
 
-def tiny_pipe(captions: Iterable[str]) -> DallePipeline:
+def tiny_pipe(captions: Iterable[str], dvae: DiscreteVAE | None = None) -> DallePipeline:
     tokenizer = tiny_tokenizer(captions)
-    return DallePipeline(tokenizer, tiny_dvae(), tiny_transformer(tokenizer.n_vocab))
+    return DallePipeline(tokenizer, dvae or tiny_dvae(), tiny_transformer(tokenizer.n_vocab))

@@ -17,36 +17,27 @@ from dalle.commands.console import (
     log_to_stderr,
     print_json,
 )
+from dalle.generation.fields import FIELDS
 
 
 def generate(
-    captions: Annotated[list[str], typer.Argument(metavar="CAPTION...", help="What to draw.")],
+    captions: Annotated[list[str], typer.Argument(metavar="CAPTION...", help=FIELDS["prompt"].help)],
     model: Model = None,
-    n: Annotated[int, typer.Option("-n", help="Pictures a caption.")] = 4,
-    candidates: Annotated[
-        int | None, typer.Option(help="Drawn a caption, of which a CLIP keeps the best.")
-    ] = None,
+    n: Annotated[int, typer.Option("-n", help=FIELDS["num_images_per_prompt"].help)] = 4,
+    candidates: Annotated[int | None, typer.Option(help=FIELDS["num_candidates"].help)] = None,
     ranker: RankerFolder = None,
-    seed: Annotated[int, typer.Option(help="Picture i uses seed + i; -1 takes a random one.")] = 0,
-    temperature: Annotated[float | None, typer.Option(help="0 draws the likeliest token.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Draw among the k likeliest tokens; 0: all.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Draw among the likeliest tokens that make up p.")
-    ] = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="1: none; larger follows the caption more closely.")
-    ] = None,
-    image: Annotated[
-        Path | None, typer.Option(help="Complete this picture; with --keep-rows or --mask.")
-    ] = None,
-    keep_rows: Annotated[int | None, typer.Option(help="Token rows kept from the top of --image.")] = None,
+    seed: Annotated[int, typer.Option(help=FIELDS["seed"].help + " -1 takes a random one.")] = 0,
+    temperature: Annotated[float | None, typer.Option(help=FIELDS["temperature"].help)] = None,
+    top_k: Annotated[int | None, typer.Option(help=FIELDS["top_k"].help)] = None,
+    top_p: Annotated[float | None, typer.Option(help=FIELDS["top_p"].help)] = None,
+    guidance: Annotated[float | None, typer.Option(help=FIELDS["guidance"].help)] = None,
+    image: Annotated[Path | None, typer.Option(help=FIELDS["image"].help)] = None,
+    keep_rows: Annotated[int | None, typer.Option(help=FIELDS["keep_rows"].help)] = None,
     mask: Annotated[
         Path | None,
-        typer.Option(
-            help="Picture whose transparent (or, without transparency, white) parts are drawn anew."
-        ),
+        typer.Option(help=FIELDS["mask"].help),
     ] = None,
-    truncate: Annotated[bool, typer.Option(help="Cut captions that are too long, and say so.")] = False,
+    truncate: Annotated[bool, typer.Option(help=FIELDS["truncate"].help)] = False,
     dtype: Dtype = "auto",
     device: Device = None,
     native: Annotated[

@@ -27,7 +27,7 @@ def train(
     out: Annotated[Path, typer.Option(help="Model folder; the same command resumes.")],
     preset: Annotated[str, typer.Option(help="tiny, laptop, gpu, paper, or a .toml file.")] = "laptop",
     stages: Annotated[
-        str, typer.Option(help="all, or a comma list of tokenizer, dvae, transformer, clip.")
+        str, typer.Option(help="all, or a comma list of tokenizer, dvae, decoder, transformer, clip.")
     ] = "all",
     init_from: Annotated[
         str | None, typer.Option(help="Start from these components: a model folder, or `bundled`.")
@@ -42,12 +42,11 @@ def train(
 ) -> None:
     """Train every stage: tokenizer, dVAE, picture tokens, transformer. Stop it at any time; run it again to go on."""
     log_to_stderr(quiet)
-    from dalle.config import load_preset, override, validate
     from dalle.model_folder import bundled_folder
     from dalle.training.loop import Stopped
     from dalle.training.memory import keep_freed_memory
     from dalle.training.processes import joined
-    from dalle.training.recipe import Recipe
+    from dalle.training.recipe import load_recipe
     from dalle.training.train import STAGES
     from dalle.training.train import train as run
 
@@ -56,7 +55,7 @@ def train(
         keep_freed_memory()
     try:
         with joined(world, place):
-            recipe = validate(Recipe, override(load_preset(preset), settings or []), preset)
+            recipe = load_recipe(preset, settings or [])
             folder = run(
                 source,
                 out,
@@ -147,12 +146,11 @@ def plan(
 ) -> None:
     """Say what a run will need before it is started: parameters, memory, FLOPs, tokens a second, days."""
     log_to_stderr(as_json)
-    from dalle.config import load_preset, override, validate
     from dalle.training.plan import make_plan
     from dalle.training.plan_table import lines
-    from dalle.training.recipe import Recipe
+    from dalle.training.recipe import load_recipe
 
-    recipe = validate(Recipe, override(load_preset(preset), settings or []), preset)
+    recipe = load_recipe(preset, settings or [])
     made = make_plan(recipe, gpus, gpu, mfu)
     if as_json:
         print_json(made.to_json())

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from dalle import weights
+from dalle import files
 from dalle.data import places
 from dalle.data.pair import BadSample, Pair
 from dalle.data.pairs import PairSet
@@ -58,7 +58,7 @@ def check_contents(pairs: PairSet, record: Path, must_match: bool = False) -> Pa
         _refuse_changes(record, old, seen)
     if seen != old:
         lines = (json.dumps([key, *found]) for key, found in seen.items())
-        weights.write_bytes(record, "".join(f"{line}\n" for line in lines).encode())
+        files.write_bytes(record, "".join(f"{line}\n" for line in lines).encode())
     hashes = {pair.key: seen[pair.key].picture for pair in good}
     return replace(pairs, pairs=tuple(good), bad=sorted([*pairs.bad, *bad]), contents=hashes)
 

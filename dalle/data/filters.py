@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL.Image import Image
 from pydantic import Field
 
-from dalle import images, weights
+from dalle import files, images
 from dalle.config import Config
 from dalle.data.duplicates import CLIP_SIMILARITY, HASH_SIMILARITY, Describe, Known, hashes
 from dalle.data.language import language_of
@@ -139,7 +139,7 @@ def filter_pairs(
     for others in against:
         run.remember(others)
     source = common_folder(pair.path for pair in pairs)
-    with weights.atomic_folder(out) as folder:
+    with files.atomic_folder(out) as folder:
         with (folder / "dropped.jsonl").open("w", encoding="utf-8") as dropped:
             rows = run.passing(pairs, lambda record: dropped.write(json.dumps(record) + "\n"))
             kept = write_selection(folder, rows, source, Path(out))
@@ -157,7 +157,7 @@ def filter_pairs(
             captions_undecided=run.n_undecided,
             unreadable=len(pairs.bad),
         )
-        weights.write_json(
+        files.write_json(
             folder / "filter.json", {"settings": settings.model_dump(mode="json"), **filtering.to_json()}
         )
     return filtering

@@ -11,6 +11,7 @@ from PIL.Image import Image
 
 from dalle import images
 from dalle.data import places, row_groups
+from dalle.picture_files import DATA_FORMATS
 
 
 class BadSample(NamedTuple):
@@ -55,7 +56,7 @@ class Pair:
         """Read the picture as RGB; ValueError when it is missing, corrupt or too large."""
         try:
             if self.cell is None and self.offset is None and not places.is_address(self.path):
-                return images.open_image(self.path, formats=images.DATA_FORMATS)
+                return images.open_image(self.path, formats=DATA_FORMATS)
         except ValueError as error:
             raise ValueError(f"{self.key}: {error}") from error
         return self.decode(self.read())
@@ -63,6 +64,6 @@ class Pair:
     def decode(self, data: bytes) -> Image:
         """The RGB picture in the bytes that `read` gave; ValueError when it is corrupt or too large."""
         try:
-            return images.open_image(data, formats=images.DATA_FORMATS)
+            return images.open_image(data, formats=DATA_FORMATS)
         except ValueError as error:
             raise ValueError(f"{self.key}: {str(error).removeprefix('picture: ')}") from error

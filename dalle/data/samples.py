@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
-from dalle import images
+from dalle import picture_files
 from dalle.data.pair import BadSample, Pair, Rejected
 from dalle.data.places import normal
 
@@ -208,7 +208,7 @@ def require_format(name: str) -> None:
     suffix = os.path.splitext(name)[1].lower()
     if suffix in OTHER_PICTURES:
         raise Rejected(f"format {suffix} is not read: convert it to PNG or JPEG")
-    if suffix in (".heic", ".heif") and not images.reads_heif():
+    if suffix in (".heic", ".heif") and not picture_files.reads_heif():
         raise Rejected(f"format {suffix} needs a library: pip install 'dalle[heic]', or convert it to JPEG")
 
 

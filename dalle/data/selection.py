@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from dalle import weights
+from dalle import files
 from dalle.data import places
 from dalle.data.pair import BadSample, Pair, Rejected
 from dalle.data.samples import Samples, is_unsafe, json_object, make_pair, printable
@@ -44,7 +44,7 @@ def write_selection(folder: Path, pairs: Iterable[Pair], source: Path, home: Pat
             n_pairs += 1
     sizes = {path: (source / path).stat().st_size for path in containers}
     origin = Path(os.path.relpath(source, os.path.abspath(home))).as_posix()
-    weights.write_json(folder / HEADER, {"format": FORMAT, "source": origin, "sizes": sizes})
+    files.write_json(folder / HEADER, {"format": FORMAT, "source": origin, "sizes": sizes})
     return n_pairs
 
 
@@ -53,7 +53,7 @@ def read_selection(folder: Path) -> Samples:
 
     ValueError for a selection of another format, or without its source.
     """
-    header = weights.read_json(folder / HEADER)
+    header = files.read_json(folder / HEADER)
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise ValueError(f"{folder / HEADER} is no selection of format {FORMAT}: filter the data again")
     source = Path(os.path.normpath(folder / str(header["source"])))

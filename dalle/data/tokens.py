@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from PIL.Image import Image
 
-from dalle import images, weights
+from dalle import files, images, weights
 from dalle.data.pair import Pair
 from dalle.data.pairs import PairSet
 from dalle.data.reading import MAX_BAD_FRACTION, BadSampleLog, read_chunks
@@ -70,7 +70,7 @@ class TokenStore:
         self.folder = Path(folder)
         if not (self.folder / "store.json").is_file():
             raise ValueError(f"{folder} holds no token store: encode the pictures first")
-        description = weights.read_json(self.folder / "store.json")
+        description = files.read_json(self.folder / "store.json")
         self.keys: list[str] = description["keys"]
         self.settings: dict[str, object] = description["settings"]
         parts = _shards(len(self.keys), description["shard_size"])
@@ -192,8 +192,8 @@ def _encode_shard(
 def _settings(pairs: PairSet, dvae: DiscreteVAE, crop: Crop, seed: int) -> dict[str, object]:
     return {
         "format": FORMAT,
-        "dvae": weights.tensors_sha256(dvae.state_dict()),
-        "dvae_config": dvae.config.model_dump(mode="json"),
+        "encoder": weights.tensors_sha256(dvae.encoder.state_dict()),  # another decoder reads the same tokens
+        "dvae_config": dvae.config.mirrored().model_dump(mode="json"),
         "pairs": pairs.fingerprint,
         "crop": crop,
         "seed": seed,
@@ -226,8 +226,8 @@ def _open_or_create(
     if not (store / "store.json").is_file():
         size = shard_size or min(MAX_SHARD, max(MIN_SHARD, -(-len(pairs) // N_SHARDS)))
         description = {"settings": settings, "shard_size": size, "keys": [pair.key for pair in pairs]}
-        weights.write_json(store / "store.json", description)
-    return _shards(len(pairs), weights.read_json(store / "store.json")["shard_size"])
+        files.write_json(store / "store.json", description)
+    return _shards(len(pairs), files.read_json(store / "store.json")["shard_size"])
 
 
 def _shards(n: int, size: int) -> list[range]:
@@ -257,13 +257,13 @@ def _read_progress(store: Path, shard: int) -> _Progress:
     path = store / f"progress-{shard:05d}.json"
     if not path.is_file():
         return _Progress(0, [], "")
-    return _Progress(**weights.read_json(path))
+    return _Progress(**files.read_json(path))
 
 
 def _record_progress(store: Path, shard: int, file: BinaryIO, progress: _Progress) -> None:
     file.flush()
     os.fsync(file.fileno())  # the rows have to be on disk before a file says that they are
-    weights.write_json(store / f"progress-{shard:05d}.json", progress._asdict())
+    files.write_json(store / f"progress-{shard:05d}.json", progress._asdict())
 
 
 def _cropped(pair: Pair, image: Image, size: int, crop: Crop, seed: int) -> Image:

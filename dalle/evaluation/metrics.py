@@ -2,7 +2,8 @@
 
 Source: PSNR and perplexity are the field's; recall at k and median rank are those of retrieval. The paper
 itself compares samples by FID, Inception Score and people (§3.1), which need another network or a crowd.
-Shapes: B batch, H and W picture sides in pixels, G grid side, K candidates, D = 16 * 16 * 3 thumbnail values.
+Shapes: B batch, H and W picture sides in pixels, S that of a decoded picture, G grid side, K candidates,
+D = 16 * 16 * 3 thumbnail values.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from dalle.images import box_filtered
 
 INK_BELOW = 250  # a pixel whose darkest channel is below this is ink, not paper
 MAX_PSNR = 100.0  # dB; equal pictures would give infinity, which JSON cannot hold
@@ -43,32 +46,28 @@ def perplexity(histogram: Tensor) -> float:
     return float(torch.special.entr(histogram.double() / total).sum().exp())
 
 
-class Reconstruction:
-    """Running sums over pictures and their reconstructions; those of several sets add up with `+`.
+class PixelErrors:
+    """Running sums of squared differences between pictures and copies; those of several sets add up with `+`.
 
     Errors are sums of whole numbers, so that neither order nor batch size changes a figure.
     """
 
-    def __init__(self, n_codes: int) -> None:
-        self.n_pictures = 0
+    def __init__(self) -> None:
         self.squared_error, self.n_values = 0, 0
         self.ink_squared_error, self.n_ink_values = 0, 0
-        self.histogram = torch.zeros(n_codes, dtype=torch.int64)  # (n_codes,) how often each code was used
 
-    def add_(self, originals: Tensor, copies: Tensor, tokens: Tensor) -> None:
-        """Count pictures and copies, both (B, 3, H, W) in [0, 1], and the tokens (B, G, G) between them."""
+    def add_(self, originals: Tensor, copies: Tensor) -> None:
+        """Count pictures and copies, both (B, 3, H, W) in [0, 1]."""
         before, after = to_bytes(originals), to_bytes(copies)
         error = (before.int() - after.int()).square().sum(dim=1)  # (B, H, W)
         is_ink = before.amin(dim=1) < INK_BELOW  # (B, H, W)
-        self.n_pictures += len(before)
         self.squared_error += int(error.sum())
         self.n_values += before.numel()
         self.ink_squared_error += int(error[is_ink].sum())
         self.n_ink_values += 3 * int(is_ink.sum())
-        self.histogram += torch.bincount(tokens.flatten().cpu(), minlength=len(self.histogram))
 
-    def __add__(self, other: Reconstruction) -> Reconstruction:
-        both = Reconstruction(len(self.histogram))
+    def __add__(self, other: PixelErrors) -> PixelErrors:
+        both = PixelErrors()
         for name, value in vars(self).items():  # sums, all of them
             setattr(both, name, value + getattr(other, name))
         return both
@@ -82,6 +81,30 @@ class Reconstruction:
     def ink_psnr(self) -> float | None:
         """As `psnr`, over the pixels where the original is not white; None where all are white."""
         return psnr(self.ink_squared_error, self.n_ink_values) if self.n_ink_values else None
+
+
+class Reconstruction:
+    """Running sums over pictures and their reconstructions; those of several sets add up with `+`."""
+
+    def __init__(self, n_codes: int, side: int) -> None:
+        """`side`: of the pictures that the tokens are made of, in pixels."""
+        self.side, self.n_pictures = side, 0
+        self.seen = PixelErrors()  # of both averaged down to `side`: what the tokens can hold
+        self.drawn = PixelErrors()  # of the pictures as the decoder draws them
+        self.histogram = torch.zeros(n_codes, dtype=torch.int64)  # (n_codes,) how often each code was used
+
+    def add_(self, originals: Tensor, copies: Tensor, tokens: Tensor) -> None:
+        """Count pictures and copies, both (B, 3, S, S) in [0, 1], and the tokens (B, G, G) between them."""
+        self.n_pictures += len(originals)
+        self.seen.add_(box_filtered(originals, self.side), box_filtered(copies, self.side))
+        self.drawn.add_(originals, copies)
+        self.histogram += torch.bincount(tokens.flatten().cpu(), minlength=len(self.histogram))
+
+    def __add__(self, other: Reconstruction) -> Reconstruction:
+        both = Reconstruction(len(self.histogram), self.side)
+        for name in ("n_pictures", "seen", "drawn", "histogram"):
+            setattr(both, name, getattr(self, name) + getattr(other, name))
+        return both
 
     @property
     def codes_used(self) -> float:

@@ -2,7 +2,7 @@
 
 Source: DALL·E §2.1 (reconstructions), §2.2 (losses), §3.3 (known concepts combined anew, here by retrieval).
 Shapes: M pictures, B batch, R rows (pictures to draw), T text slots, G grid side, N = G * G image tokens,
-D thumbnail values.
+H = W side of the pictures that the dVAE reads, S of those that it draws, D thumbnail values.
 """
 
 from __future__ import annotations
@@ -71,23 +71,27 @@ class PictureReader:
 
 @torch.no_grad()
 def reconstruct(dvae: DiscreteVAE, pictures: Tensor) -> tuple[Tensor, Tensor]:
-    """Hard tokens (B, G, G) of pictures (B, 3, H, W) in [0, 1], and the pictures again; on the CPU."""
+    """Hard tokens (B, G, G) of pictures (B, 3, S, S) in [0, 1], and the pictures again; on the CPU.
+
+    The pictures are of the size that the dVAE draws, S, which may be larger than that which its encoder reads.
+    """
     device = next(dvae.parameters()).device
-    tokens = [dvae.encode(part.to(device)).cpu() for part in torch.split(pictures, DVAE_BATCH)]
+    seen = images.box_filtered(pictures, dvae.config.image_size)  # (B, 3, H, W)
+    tokens = [dvae.encode(part.to(device)).cpu() for part in torch.split(seen, DVAE_BATCH)]
     found = torch.cat(tokens)
     return found, decode(dvae, found)
 
 
 @torch.no_grad()
 def decode(dvae: DiscreteVAE, tokens: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W) in [0, 1] of tokens (B, G, G), on the CPU."""
+    """Pictures (B, 3, S, S) in [0, 1] of tokens (B, G, G), on the CPU."""
     device = next(dvae.parameters()).device
     return torch.cat([dvae.decode(part.to(device)).float().cpu() for part in torch.split(tokens, DVAE_BATCH)])
 
 
 def measure_reconstruction(dvae: DiscreteVAE, batches: Iterable[Tensor]) -> tuple[Reconstruction, Tensor]:
-    """Sums over batches of pictures (B, 3, H, W) in [0, 1], and the tokens (M, G, G) int64 of all of them."""
-    sums, grid = Reconstruction(dvae.config.n_codes), dvae.config.grid_size
+    """Sums over batches of pictures (B, 3, S, S) in [0, 1], and the tokens (M, G, G) int64 of all of them."""
+    sums, grid = Reconstruction(dvae.config.n_codes, dvae.config.image_size), dvae.config.grid_size
     found = [torch.zeros(0, grid, grid, dtype=torch.int64)]
     for pictures in batches:
         tokens, copies = reconstruct(dvae, pictures)
@@ -105,7 +109,7 @@ def psnr_of_pairs(dvae: DiscreteVAE, pairs: PairSet) -> float:
     chosen = np.unique(np.linspace(0, len(held_out) - 1, min(MAX_PSNR_PICTURES, len(held_out))).astype(int))
     reader = PictureReader(dvae.config.image_size)
     batches = (pictures for _, pictures in reader.batches([held_out[index] for index in chosen.tolist()]))
-    psnr = measure_reconstruction(dvae, batches)[0].psnr
+    psnr = measure_reconstruction(dvae, batches)[0].seen.psnr
     if psnr is None:
         raise ValueError(
             f"no held-out picture can be read, the first because: {next(iter(reader.unreadable.values()))}"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dalle import __version__, images, weights
+from dalle import __version__, files, images
 from dalle.data.pairs import PairSet
 from dalle.evaluation.metrics import Reconstruction
 from dalle.evaluation.protocols import (
@@ -33,7 +33,7 @@ from dalle.evaluation.protocols import (
 from dalle.evaluation.ranking import MAX_PROBE_PICTURES, PROBE_FIELD, RankerReport
 from dalle.evaluation.sheets import pairs_sheet, spread
 from dalle.generation.recipe import Versions
-from dalle.generation.request import count_seeds
+from dalle.generation.request import ImageRequest
 from dalle.generation.rerank import Ranker
 from dalle.pipeline import DallePipeline
 
@@ -78,7 +78,7 @@ def evaluate(
     everyone = [index for found in members.values() for index in found]
     hard = zero_shot_rows(pairs)
     rows = spread(hard or everyone, limit or len(pairs))
-    count_seeds(seed, len(rows))  # refuses now what would be refused after minutes
+    ImageRequest("", seed=seed).seeds(len(rows))  # refuses now what would be refused after minutes
     for_codes = [] if "train" in members else spread(_indices(pairs, "train"), _train_limit(limit))
     both = {"clip": pipe.ranker, "judge": pipe.load_judge()}
     rankers = {name: ranker for name, ranker in both.items() if ranker is not None}
@@ -91,7 +91,7 @@ def evaluate(
         + len(rankers) * n_ranked
         + ("judge" in rankers) * len(rows),
     )
-    reader = PictureReader(pipe.dvae.config.image_size)
+    reader = PictureReader(pipe.dvae.config.output_size)
 
     dvae_figures, transformer_figures = _model_figures(pipe, pairs, members, for_codes, reader, advance)
     tokens, seconds = draw(pipe, [pairs[row].captions[0] for row in rows], seed, advance)
@@ -126,7 +126,7 @@ def evaluate(
         "speed": {"n_draws": len(rows), "seconds": seconds, "draws_per_second": len(rows) / seconds},
         "sheets": sheets,
     }
-    weights.write_json(out / "evaluation.json", report)
+    files.write_json(out / "evaluation.json", report)
     advance.finish()
     return report
 
@@ -154,7 +154,7 @@ def evaluate_ranker(
         "clip": RankerReport(ranker, pairs, advance, probe).figures(members, zero_shot_rows(pairs)),
     }
     out.mkdir(parents=True, exist_ok=True)
-    weights.write_json(out / "evaluation.json", report)
+    files.write_json(out / "evaluation.json", report)
     advance.finish()
     return report
 
@@ -211,7 +211,7 @@ def _model_figures(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The dVAE's figures over all splits and by split, and the transformer's by split."""
     dvae_by_split, losses_by_split = {}, {}
-    pooled = Reconstruction(pipe.dvae.config.n_codes)
+    pooled = Reconstruction(pipe.dvae.config.n_codes, pipe.dvae.config.image_size)
     for split, indices in members.items():
         measured, kept, tokens = _measured(pipe, pairs, indices, reader, advance)
         pooled += measured
@@ -268,7 +268,11 @@ def _measured(
 
 
 def _dvae_figures(sums: Reconstruction) -> dict[str, Any]:
-    return {"psnr": sums.psnr, "ink_psnr": sums.ink_psnr, "n_pictures": sums.n_pictures}
+    """PSNR at the size that the tokens are made of; and at that which is drawn, if this is another."""
+    figures = {"psnr": sums.seen.psnr, "ink_psnr": sums.seen.ink_psnr}
+    if sums.drawn.n_values != sums.seen.n_values:
+        figures |= {"output_psnr": sums.drawn.psnr, "output_ink_psnr": sums.drawn.ink_psnr}
+    return {**figures, "n_pictures": sums.n_pictures}
 
 
 def _origin(

@@ -15,47 +15,45 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dalle.generation.recipe import Completion
-from dalle.generation.request import is_count
+from dalle.generation.request import Completion, ImageRequest, InvalidRequest
 from dalle.images import to_mask
 
 
-def completion_of(tokens: Tensor, keep_rows: int | None, mask: Image.Image | None) -> Completion:
-    """What stays of a picture's tokens (G, G): its top rows, or what a mask leaves.
-
-    Raises:
-        ValueError: as `region_to_draw`.
-    """
-    return complete(tokens, region_to_draw(len(tokens), keep_rows, mask), keep_rows)
-
-
 def complete(tokens: Tensor, region: Tensor, keep_rows: int | None) -> Completion:
-    """The completion that draws a region (G, G) bool of a picture's tokens (G, G) anew."""
+    """Return the completion that draws a region (G, G) bool of a picture's tokens (G, G) anew."""
     known = torch.where(region, -1, tokens).flatten().tolist()
     return Completion(keep_rows=keep_rows, known=tuple(known))
 
 
-def region_to_draw(grid: int, keep_rows: int | None, mask: Image.Image | None) -> Tensor:
-    """The cells to draw anew, (G, G) bool: all below `keep_rows`, or what a mask marks.
+def region_to_draw(request: ImageRequest, grid: int) -> Tensor | None:
+    """Return the cells to draw anew, (G, G) bool: all below `keep_rows`, or what a mask marks; None: no completion.
 
     Raises:
-        ValueError: not exactly one of the two, rows out of range, or a mask that leaves everything.
+        InvalidRequest: a picture without exactly one of the two, or the reverse; rows out of range; a mask that leaves
+            everything.
     """
+    keep_rows, mask = request.keep_rows, request.mask
+    needs = f"a completion needs image and either keep_rows (1..{grid}) or mask"
+    if request.image is None:
+        if keep_rows is None and mask is None:
+            return None
+        raise InvalidRequest("image", f"image is missing; {needs}")
     if mask is not None:
         if keep_rows is not None:
-            raise ValueError("mask and keep_rows exclude each other: give one of them")
+            raise InvalidRequest("mask", "mask and keep_rows exclude each other: give one of them")
         cells = redrawn_cells(mask, grid)
         if not cells.any():
-            raise ValueError(
-                "mask marks nothing to draw: make the region transparent, or white where it has no transparency"
+            raise InvalidRequest(
+                "mask",
+                "mask marks nothing to draw: make the region transparent, or white where it has no transparency",
             )
         return torch.from_numpy(cells)
     if keep_rows is None:
-        raise ValueError(
-            f"keep_rows is missing; a completion needs image and either keep_rows (1..{grid}) or mask"
+        raise InvalidRequest("keep_rows", f"keep_rows is missing; {needs}")
+    if keep_rows > grid:
+        raise InvalidRequest(
+            "keep_rows", f"keep_rows is {keep_rows}; the model draws {grid} rows: choose 1..{grid}"
         )
-    if not is_count(keep_rows) or keep_rows > grid:
-        raise ValueError(f"keep_rows is {keep_rows!r}; the model draws {grid} rows: choose 1..{grid}")
     return (torch.arange(grid) >= keep_rows)[:, None].expand(grid, grid)
 
 

@@ -8,65 +8,27 @@ Shapes: B captions, T text tokens, R pictures (rows), G grid side, N = G * G ima
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dalle.attention import AttentionPlan, layer_kinds
+from dalle.generation.batch import ROWS_PER_BATCH
 from dalle.generation.decoder import Decoder
 from dalle.generation.drawing import Drawing, RecordedDrawing
-from dalle.generation.options import GenerationOptions
-from dalle.generation.sampling import MAX_SEED, Chooser, uniforms
+from dalle.generation.fields import MAX_SEED
+from dalle.generation.request import GenerationOptions
+from dalle.generation.sampling import Chooser, uniforms
 from dalle.transformer import Transformer, TransformerConfig
 
-ROWS_PER_BATCH = 64  # pictures drawn side by side; guidance doubles the rows that the transformer sees
 # Small models draw so many: 512 candidates of the bundled model take a fifth less time than by 64. benchmarks/decode.py
 MANY_ROWS_PER_BATCH = 256
 MANY_ROWS_BYTES = 2**28  # that image keys and values of so many pictures may take
-MAX_ROWS_PER_BATCH = 1024  # a recipe names all of them
 
 WeightState = list[tuple[int, int]]  # where each weight lies, and how often it was written
 
 # (grid row just finished, tokens (R, G, G) so far with -1 where nothing is drawn yet) -> True stops the run
 RowCallback = Callable[[int, Tensor], bool | None]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Pictures drawn side by side, `n_pictures` for each of `captions`; `rows` counts over the call."""
-
-    captions: range
-    rows: range
-    n_pictures: tuple[int, ...]
-
-
-def plan_batches(n_pictures: Sequence[int], rows_per_batch: int = ROWS_PER_BATCH) -> list[Batch]:
-    """Splits a call, with so many pictures of each caption, into batches of at most `rows_per_batch` rows.
-
-    A batch holds whole captions, or a part of one that has more.
-    """
-    if not 1 <= rows_per_batch <= MAX_ROWS_PER_BATCH:
-        raise ValueError(f"rows_per_batch is {rows_per_batch}; choose 1..{MAX_ROWS_PER_BATCH}")
-    batches, first, start = (
-        list[Batch](),
-        0,
-        0,
-    )  # of the batch that is being filled: its first caption and row
-    for caption, n in enumerate(n_pictures):
-        end = start + sum(n_pictures[first:caption])  # where this caption begins
-        if end > start and end - start + n > rows_per_batch:
-            batches.append(Batch(range(first, caption), range(start, end), tuple(n_pictures[first:caption])))
-            first, start = caption, end
-        if n > rows_per_batch:
-            for row in range(start, start + n, rows_per_batch):
-                part = min(rows_per_batch, start + n - row)
-                batches.append(Batch(range(caption, caption + 1), range(row, row + part), (part,)))
-            first, start = caption + 1, start + n
-    if first < len(n_pictures):
-        left = tuple(n_pictures[first:])
-        batches.append(Batch(range(first, len(n_pictures)), range(start, start + sum(left)), left))
-    return batches
 
 
 def cache_bytes(config: TransformerConfig, itemsize: int) -> int:
@@ -118,9 +80,8 @@ class Engine:
         known: Tensor | None = None,
         n_pictures: Sequence[int] | None = None,
         on_row_end: RowCallback | None = None,
-        rows_per_batch: int = ROWS_PER_BATCH,
     ) -> Tensor:
-        """Draws pictures for each of B captions.
+        """Draw pictures for each of B captions, all of them side by side.
 
         A picture's tokens depend on its caption, seed and options alone, not on its neighbours (in float32).
 
@@ -130,8 +91,7 @@ class Engine:
             options: for all, or one for each picture; the paper's sampling when None.
             known: (N,) int64, or (R, N), one a picture: tokens that it must have, -1 where they are to be drawn.
             n_pictures: of each caption, at least 1; None: the same number, len(seeds) / B, of each.
-            on_row_end: called after each finished grid row of a batch; returning True ends the run.
-            rows_per_batch: the most pictures drawn side by side.
+            on_row_end: called after each finished grid row; returning True ends the run.
 
         Returns:
             (R, G, G) int64 on the transformer's device; -1 where a stopped run did not draw.
@@ -147,22 +107,17 @@ class Engine:
         grid, n_tokens = self.transformer.config.grid_size, self.transformer.config.grid_size**2
         text = text.to(next(self.transformer.parameters()).device)
         tokens = torch.full((len(seeds), n_tokens), -1, dtype=torch.int64, device=text.device)  # (R, N)
-        forced = tokens if known is None else known.to(text.device).expand_as(tokens)  # (R, N)
-        forced = forced.clone()
+        forced = (
+            tokens.clone() if known is None else known.to(text.device).expand_as(tokens).clone()
+        )  # (R, N)
+        noise = torch.stack([uniforms(seed, n_tokens) for seed in seeds])  # (R, N)
+        if text.device.type != "mps":  # no float64 there: sampling moves one column at a time
+            noise = noise.to(text.device)
 
         def finish_row(row: int) -> bool:
             return on_row_end is not None and bool(on_row_end(row, tokens.clone().view(-1, grid, grid)))
 
-        for batch in plan_batches(counts, rows_per_batch):
-            rows = slice(batch.rows.start, batch.rows.stop)
-            noise = torch.stack([uniforms(seeds[row], n_tokens) for row in batch.rows])  # (rows, N)
-            if text.device.type != "mps":  # no float64 there: sampling moves one column at a time
-                noise = noise.to(text.device)
-            captions = text[batch.captions.start : batch.captions.stop]
-            if self._draw_(
-                tokens[rows], captions, noise, forced[rows], each[rows], batch.n_pictures, finish_row
-            ):
-                break
+        self._draw_(tokens, text, noise, forced, each, counts, finish_row)
         return tokens.view(-1, grid, grid)  # (R, G, G)
 
     def _draw_(
@@ -174,8 +129,8 @@ class Engine:
         options: Sequence[GenerationOptions],
         counts: Sequence[int],
         finish_row: Callable[[int], bool],
-    ) -> bool:
-        """Fills `tokens` (rows, N) in place; True when `finish_row` asked to stop."""
+    ) -> None:
+        """Fill `tokens` (R, N) in place, until `finish_row` asks to stop."""
         grid = self.transformer.config.grid_size
         n_pictures, chooser = list(counts), Chooser(options, tokens.device)
         if chooser.guided:  # these pictures are read a second time, after the empty caption
@@ -193,8 +148,7 @@ class Engine:
                         f"the transformer's logits are NaN in row {row}: use float32, or check the weights"
                     )
                 if finish_row(row):
-                    return True
-        return False
+                    return
 
     def decoder(self) -> Decoder:
         """The transformer made ready to draw: made once, and again when its weights have changed."""

@@ -14,19 +14,24 @@ SHARED_FROM_WEIGHTS = 2e6  # that have to be read
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
-def default_dtype(device: str | torch.device) -> torch.dtype:
-    """bfloat16 on a GPU or CPU that computes in it natively, else float32."""
+# What PyTorch calls bfloat16 products of x86 (AVX-512, AMX) and ARM processors.
+BFLOAT16_CAPABILITIES = ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16")
+
+
+def has_native_bfloat16(device: str | torch.device) -> bool:
+    """Whether a GPU or CPU multiplies in bfloat16 itself; emulated, it takes many times as long as float32."""
     kind = torch.device(device).type
     if kind == "cuda":
-        is_native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif kind == "cpu":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if kind == "cpu":
         capabilities = torch.cpu.get_capabilities()
-        is_native = any(
-            capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16")
-        )
-    else:
-        is_native = False
-    return torch.bfloat16 if is_native else torch.float32
+        return any(capabilities.get(name, False) for name in BFLOAT16_CAPABILITIES)
+    return False
+
+
+def default_dtype(device: str | torch.device) -> torch.dtype:
+    """bfloat16 on a GPU or CPU that computes in it natively, else float32."""
+    return torch.bfloat16 if has_native_bfloat16(device) else torch.float32
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -8,49 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
+from dalle import __version__
 from dalle.config import Config
-from dalle.generation.engine import MAX_ROWS_PER_BATCH, ROWS_PER_BATCH, Batch
-from dalle.generation.options import GenerationOptions
-from dalle.generation.sampling import MAX_SEED
-
-Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
-
-
-class BatchPlan(Config):
-    """The pictures drawn side by side with this one: their count decides how the matrix products round."""
-
-    captions: Annotated[tuple[str, ...], Field(min_length=1, max_length=MAX_ROWS_PER_BATCH)]
-    seeds: Annotated[
-        tuple[Seed, ...], Field(min_length=1, max_length=MAX_ROWS_PER_BATCH)
-    ]  # those of the first caption first
-    position: Annotated[int, Field(ge=0)]  # of this picture among `seeds`
-    rows_per_batch: Annotated[int, Field(ge=1)] = ROWS_PER_BATCH  # the call's limit
-    # A server draws what several people asked for side by side. Then each caption has a number of pictures of its own
-    # (None: all the same), and some pictures are guided, which adds a row each (their places; None: all or none, as
-    # the recipe's options say). What the others asked for stays theirs: it is recorded as empty captions with seed 0,
-    # for what is in a row never changes its neighbours; only how many rows there are does.
-    n_pictures: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | None = None
-    guided: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-
-
-class Completion(Config):
-    """What was kept of a given picture."""
-
-    keep_rows: Annotated[int, Field(ge=1)] | None = None  # grid rows from the top; None: a mask said what
-    known: tuple[Annotated[int, Field(ge=-1)], ...]  # (N,) tokens that were forced, -1 where drawn
-
-
-class Truncation(Config):
-    """A caption that was cut, as the call allowed."""
-
-    n_tokens: int  # of the whole caption
-    n_kept: int
+from dalle.generation.batch import Batch, BatchRecord, Slot
+from dalle.generation.request import CaptionRequest, Completion, GenerationOptions, Seed, Truncation
 
 
 class Versions(Config):
@@ -64,6 +34,20 @@ class Versions(Config):
 MAX_THREADS = 1024
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What drew and ranked a picture, and how it computed; see the fields of `Recipe`."""
+
+    model: str
+    model_sha256: str
+    dtype: str
+    device: str
+    threads: int
+    native: bool
+    ranker: str | None = None
+    ranker_sha256: str | None = None
+
+
 class Recipe(Config):
     """How one picture was drawn."""
 
@@ -72,7 +56,7 @@ class Recipe(Config):
     seed: Seed
     index: Annotated[int, Field(ge=0)]  # of the picture in its call, before any ranking
     options: GenerationOptions
-    batch: BatchPlan
+    batch: BatchRecord
     completion: Completion | None = None
     truncate: bool = False  # the call allowed captions to be cut
     truncation: Truncation | None = None  # this caption was
@@ -89,73 +73,88 @@ class Recipe(Config):
     ranker: str | None = None  # where the CLIP came from, for people
     ranker_sha256: str | None = None  # of its weights; None: it was never saved
 
+    @classmethod
+    def of(
+        cls, batch: Batch, row: int, tokens: Tensor, origin: Origin, scored: tuple[float | None, int | None]
+    ) -> Recipe:
+        """Return the recipe of a batch's picture with tokens (G, G), score and rank."""
+        request, candidate = batch.place(row)
+        return cls(
+            caption=request.caption,
+            seed=request.seeds[candidate],
+            index=request.first + candidate,
+            options=request.options,
+            batch=batch.for_recipe(row),
+            completion=request.completion,
+            truncate=request.truncate,
+            truncation=request.truncation,
+            tokens_sha256=tokens_sha256(tokens),
+            versions=Versions(
+                dalle=__version__, torch=str(torch.__version__), python=platform.python_version()
+            ),
+            score=scored[0],
+            rank=scored[1],
+            **asdict(origin),
+        )
+
 
 def tokens_sha256(tokens: Tensor) -> str:
     """The hash that compares two drawings: of tokens (G, G) in raster order as little-endian int32."""
     return hashlib.sha256(tokens.detach().cpu().numpy().astype("<i4").tobytes()).hexdigest()
 
 
-def batch_plans(
-    plan: list[Batch], captions: Sequence[str], seeds: Sequence[int], rows_per_batch: int
-) -> list[BatchPlan]:
-    """The batch plan of every row of a call, in order."""
-    return [
-        BatchPlan(
-            captions=tuple(captions[i] for i in batch.captions),
-            seeds=tuple(seeds[i] for i in batch.rows),
-            position=row - batch.rows.start,
-            rows_per_batch=rows_per_batch,
-        )
-        for batch in plan
-        for row in batch.rows
-    ]
+def batch_to_rerun(
+    recipe: Recipe, read: Callable[[str], tuple[Tensor, Truncation | None]]
+) -> tuple[Batch, bool]:
+    """Make the batch of a recipe again, its own caption and seed in place, and say whether they were there.
 
-
-def count_pictures(batch: BatchPlan) -> list[int]:
-    """How many pictures each caption of a batch has.
+    Args:
+        recipe: of one picture; the others' captions and seeds are those that it names.
+        read: the tokens (T,) of a caption, and what was cut from it.
 
     Raises:
-        ValueError: the batch plan is impossible.
+        ValueError: the recorded batch is impossible.
     """
-    n_seeds, n_captions = len(batch.seeds), len(batch.captions)
-    counts = [n_seeds // n_captions] * n_captions if batch.n_pictures is None else list(batch.n_pictures)
-    is_whole = len(counts) == n_captions and sum(counts) == n_seeds
-    if not is_whole or max(batch.position, *(batch.guided or (0,))) >= n_seeds:
+    record, own = recipe.batch, recipe.batch.caption_index()
+    ends = [*itertools.accumulate(record.counts())]
+    is_consistent = record.captions[own] == recipe.caption and record.seeds[record.position] == recipe.seed
+    seeds = list(record.seeds)
+    seeds[record.position] = recipe.seed
+    slots = []
+    for index, (caption, end) in enumerate(zip(record.captions, ends, strict=True)):
+        caption = recipe.caption if index == own else caption
+        text, truncation = read(caption)
+        start = end - record.counts()[index]
+        options = _options_of(recipe, range(start, end))
+        if index == own:
+            is_consistent &= truncation == recipe.truncation and options == recipe.options
+        request = CaptionRequest(
+            caption=caption,
+            text=text,
+            n_images=1,
+            seeds=tuple(seeds[start:end]),
+            first=0,
+            options=options,
+            truncate=recipe.truncate,
+            truncation=truncation,
+            completion=recipe.completion,
+        )
+        slots.append(Slot(request, 0, end - start))
+    return Batch(tuple(slots), record.rows_per_batch), is_consistent
+
+
+def _options_of(recipe: Recipe, rows: range) -> GenerationOptions:
+    """Return the settings to draw a caption's pictures with: the recipe's own, guided where the batch's were."""
+    guided, own = recipe.batch.guided, recipe.options
+    if guided is None:
+        return own
+    are_guided = {row in guided for row in rows}
+    if len(are_guided) > 1:
         raise ValueError(
-            f"recipe has {n_seeds} seeds for {n_captions} captions and position {batch.position};"
-            " it was changed by hand: take the one stored in the picture"
+            f"recipe guides some pictures {rows.start}..{rows.stop - 1} of a caption only: it was changed by hand:"
+            " take the one stored in the picture"
         )
-    return counts
-
-
-def caption_at(batch: BatchPlan) -> int:
-    """Which caption of a batch the picture at its position has; ValueError as `count_pictures`."""
-    ends = itertools.accumulate(count_pictures(batch))
-    return next(caption for caption, end in enumerate(ends) if batch.position < end)
-
-
-def options_in_batch(recipe: Recipe) -> list[GenerationOptions]:
-    """The settings to draw each picture of the recipe's batch with: its own, guided where the batch's pictures were."""
-    batch, own = recipe.batch, recipe.options
-    if batch.guided is None:
-        return [own] * len(batch.seeds)
     is_guided = own.guidance != 1
-    other = own.model_copy(update={"guidance": 1.0 if is_guided else 2.0})
-    return [own if (row in batch.guided) == is_guided else other for row in range(len(batch.seeds))]
-
-
-def place_in_batch(recipe: Recipe) -> tuple[BatchPlan, bool]:
-    """The batch to draw again, with the recipe's caption and seed in place, and whether they were there.
-
-    Raises:
-        ValueError: the batch plan is impossible.
-    """
-    batch = recipe.batch
-    caption = caption_at(batch)
-    is_consistent = batch.captions[caption] == recipe.caption and batch.seeds[batch.position] == recipe.seed
-    is_consistent &= batch.guided is None or (batch.position in batch.guided) == (
-        recipe.options.guidance != 1
-    )
-    captions, seeds = list(batch.captions), list(batch.seeds)
-    captions[caption], seeds[batch.position] = recipe.caption, recipe.seed
-    return batch.model_copy(update={"captions": tuple(captions), "seeds": tuple(seeds)}), is_consistent
+    if is_guided in are_guided:
+        return own
+    return own.model_copy(update={"guidance": 1.0 if is_guided else 2.0})

@@ -21,8 +21,8 @@ from torch import Tensor
 from dalle.clip import CLIP
 from dalle.clip_tokenizer import CLIPTokenizer
 from dalle.images import center_crop, open_image, to_tensor
+from dalle.manifest import VerifiedFolder
 from dalle.tokenizer import Tokenizer
-from dalle.weights import file_sha256, verify_manifest
 
 CHUNK = 32  # pictures in the image tower at once
 
@@ -47,27 +47,23 @@ class Ranker:
         self.sha256: str | None = None  # of the CLIP's weights
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, component: str = "clip") -> Ranker:
+    def from_pretrained(cls, folder: str | Path | VerifiedFolder, component: str = "clip") -> Ranker:
         """Load the CLIP of a model folder; ValueError when it has none, is damaged, or does not fit its tokenizer."""
-        folder = Path(folder)
-        if not (folder / component / "config.json").is_file():
-            raise ValueError(f"ranker {folder} has no {component}: give a model folder with a CLIP in it")
-        verify_manifest(folder)
-        return cls.from_verified(folder, component)
-
-    @classmethod
-    def from_verified(cls, folder: Path, component: str = "clip") -> Ranker:
-        """Load the CLIP of a model folder whose manifest was verified just now."""
-        clip = CLIP.from_pretrained(folder / component)
+        path = folder.path if isinstance(folder, VerifiedFolder) else Path(folder)
+        if not (path / component / "config.json").is_file():
+            raise ValueError(f"ranker {path} has no {component}: give a model folder with a CLIP in it")
+        verified = folder if isinstance(folder, VerifiedFolder) else VerifiedFolder(path)
+        own = verified.component(component)
+        clip = CLIP.from_pretrained(own)
         tokenizer: Tokenizer | CLIPTokenizer
         if clip.config.text_tokens == "openai":
-            tokenizer = CLIPTokenizer.from_pretrained(folder / component, clip.config.n_text_tokens)
+            tokenizer = CLIPTokenizer.from_pretrained(own, clip.config.n_text_tokens)
         else:
-            if not (folder / "tokenizer").is_dir():
-                raise ValueError(f"ranker {folder} has no tokenizer, which its CLIP reads captions with")
-            tokenizer = Tokenizer.from_pretrained(folder / "tokenizer")
-        ranker = cls(clip, tokenizer, str(folder))
-        ranker.sha256 = file_sha256(folder / component / "model.safetensors")
+            if not (path / "tokenizer").is_dir():
+                raise ValueError(f"ranker {path} has no tokenizer, which its CLIP reads captions with")
+            tokenizer = Tokenizer.from_pretrained(verified.component("tokenizer"))
+        ranker = cls(clip, tokenizer, str(path))
+        ranker.sha256 = own.sha256["model.safetensors"]
         return ranker
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dalle.generation.options import GenerationOptions
+from dalle.generation.fields import MAX_SEED
+from dalle.generation.request import GenerationOptions
 
-MAX_SEED = 2**63 - 1
 SCAN_BLOCK = 128  # tokens whose probabilities are summed together before the one drawn is looked for
 MIN_TEMPERATURE = 1e-6  # below it the draw is the likeliest token anyway, and the division could overflow
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dalle.clip_tokenizer import CLIPTokenizer
 from dalle.importers.published_clip import config_of, write_clip
-from dalle.importers.torch_archive import Inert, Module, Parameter, TensorRecord, kind_of, read_archive
+from dalle.importers.restricted_pickle import MAX_KEY, Inert, Module, Parameter, TensorRecord, kind_of
+from dalle.importers.torch_archive import open_archive
 
 SIZES_STORED_AS_TENSORS = ("input_resolution", "context_length", "vocab_size")  # beside the weights
 ALLOWED: dict[
@@ -41,22 +42,27 @@ def import_openai_clip(archive: Path, merges: Path, out: Path) -> None:
 
 def read_state(path: Path) -> dict[str, Tensor]:
     """The tensors of an archive or state dict by dotted name; ValueError when `path` holds something else."""
-    root, storages = read_archive(path, _lookup, "OpenAI CLIP")
-    state: dict[str, Tensor] = {}
-    waiting: list[tuple[str, object]] = [("", root)]
-    seen: set[int] = set()
-    while waiting:
-        prefix, owner = waiting.pop()
-        if id(owner) in seen:
-            raise ValueError(f"{path}: module {prefix.rstrip('.')} stands there twice")
-        seen.add(id(owner))
-        for name, value in _entries(owner, path):
-            value = value.tensor if isinstance(value, Parameter) else value
-            if isinstance(value, Module):
-                waiting.append((f"{prefix}{name}.", value))
-            elif isinstance(value, TensorRecord):
-                state[prefix + name] = value.read(storages, path)
-    return {name: tensor for name, tensor in state.items() if name not in SIZES_STORED_AS_TENSORS}
+    with open_archive(path, _lookup, "OpenAI CLIP") as archive:
+        records: dict[str, TensorRecord] = {}
+        waiting: list[tuple[str, object]] = [("", archive.root)]
+        seen: set[int] = set()
+        while waiting:
+            prefix, owner = waiting.pop()
+            if id(owner) in seen or len(prefix) > MAX_KEY:
+                raise ValueError(f"{path}: module {prefix[:80].rstrip('.')} stands there twice")
+            seen.add(id(owner))
+            for name, value in _entries(owner, path):
+                value = value.tensor if isinstance(value, Parameter) else value
+                if isinstance(value, Module):
+                    waiting.append((f"{prefix}{name}.", value))
+                elif isinstance(value, TensorRecord):
+                    records[prefix + name] = value
+        archive.check_total(list(records.values()))
+        return {
+            name: archive.read(record)
+            for name, record in records.items()
+            if name not in SIZES_STORED_AS_TENSORS
+        }
 
 
 def _entries(owner: object, path: Path) -> list[tuple[str, object]]:
@@ -68,5 +74,5 @@ def _entries(owner: object, path: Path) -> list[tuple[str, object]]:
 
 def _lookup(module: str, name: str) -> object | None:
     if module.split(".")[0] == "__torch__":  # a class that the archive's own code defines
-        return type("Module", (Module,), {"name": name})
+        return Module
     return ALLOWED.get((module, name))

@@ -12,8 +12,19 @@ from torch import Tensor
 from dalle import __version__
 from dalle.config import validate
 from dalle.dvae import DiscreteVAE, DVAEConfig
-from dalle.importers.torch_archive import Inert, Module, Parameter, TensorRecord, kind_of, read_archive
-from dalle.weights import atomic_folder, load_strict, write_json, write_manifest
+from dalle.files import atomic_folder, write_json
+from dalle.importers.restricted_pickle import (
+    MAX_KEY,
+    Inert,
+    Module,
+    Parameter,
+    TensorRecord,
+    kind_of,
+    plain_set,
+)
+from dalle.importers.torch_archive import open_archive
+from dalle.manifest import write_manifest
+from dalle.weights import load_strict
 
 N_GROUPS = 4  # of OpenAI's encoder and decoder
 
@@ -62,19 +73,29 @@ def config_of(encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor], imag
 
 def read_module(path: Path, expected: str) -> dict[str, Tensor]:
     """Tensors of the pickled module in `path` by dotted name; ValueError unless its class is `expected`."""
-    root, storages = read_archive(path, _lookup, "OpenAI dVAE")
-    if not isinstance(root, Module):
-        raise ValueError(f"{path} holds {kind_of(root)}; expected a pickled dall_e {expected}")
-    if root.name != expected:
-        raise ValueError(f"{path} holds a dall_e {root.name}; expected {expected}: the encoder comes first")
-    tensors: dict[str, Tensor] = {}
+    with open_archive(path, _lookup, "OpenAI dVAE") as archive:
+        root = archive.root
+        if not isinstance(root, Module):
+            raise ValueError(f"{path} holds {kind_of(root)}; expected a pickled dall_e {expected}")
+        if root.name != expected:
+            raise ValueError(
+                f"{path} holds a dall_e {root.name}; expected {expected}: the encoder comes first"
+            )
+        records = _parameters(root, path)
+        archive.check_total(list(records.values()))
+        return {name: archive.read(record) for name, record in records.items()}
+
+
+def _parameters(root: Module, path: Path) -> dict[str, TensorRecord]:
+    records: dict[str, TensorRecord] = {}
     n_blocks: Any = root.state.get("n_blk_per_group")
     for name, module in _walk(root, path):
         gain = module.state.get("post_gain")
         is_count = isinstance(n_blocks, int) and n_blocks > 0
         if gain is not None and not (is_count and gain == 1 / (N_GROUPS * n_blocks) ** 2):
+            said = gain if isinstance(gain, float) else kind_of(gain)
             raise ValueError(
-                f"{path}: {name} scales its branch by {gain}; OpenAI's is 1 / (number of blocks)²"
+                f"{path}: {name} scales its branch by {said}; OpenAI's is 1 / (number of blocks)²"
             )
         for key, value in _entries(module, "_parameters", path):
             value = value.tensor if isinstance(value, Parameter) else value
@@ -82,8 +103,8 @@ def read_module(path: Path, expected: str) -> dict[str, Tensor]:
                 continue
             if not isinstance(value, TensorRecord):
                 raise ValueError(f"{path}: parameter {name}{key} is {kind_of(value)}, not a tensor")
-            tensors[name + key] = value.read(storages, path)
-    return tensors
+            records[name + key] = value
+    return records
 
 
 # --- what a pickle may name ---
@@ -100,12 +121,12 @@ MODULES = (
     ("torch.nn.modules.pooling", "MaxPool2d"),
     ("torch.nn.modules.upsampling", "Upsample"),
 )
-# Beyond `torch_archive.COMMON`.
+# Beyond `restricted_pickle.COMMON`.
 ALLOWED: dict[tuple[str, str], object] = {
     **{(module, name): type(name, (Module,), {"name": name}) for module, name in MODULES},
     ("functools", "partial"): type("partial", (Inert,), {}),
-    ("builtins", "set"): set,
-    ("__builtin__", "set"): set,
+    ("builtins", "set"): plain_set,
+    ("__builtin__", "set"): plain_set,
 }
 
 
@@ -122,9 +143,9 @@ def _walk(root: Module, path: Path) -> Iterator[tuple[str, Module]]:
         for key, child in _entries(module, "_modules", path):
             if child is None:
                 continue
-            if not isinstance(child, Module) or id(child) in seen:
+            if not isinstance(child, Module) or id(child) in seen or len(name) > MAX_KEY:
                 raise ValueError(
-                    f"{path}: {name}{key} is {kind_of(child)}, or a module that stands there twice"
+                    f"{path}: {name[:80]}{key[:80]} is {kind_of(child)}, or a module that stands there twice"
                 )
             seen.add(id(child))
             waiting.append((f"{name}{key}.", child))

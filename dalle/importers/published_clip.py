@@ -18,8 +18,9 @@ from torch import Tensor
 from dalle.clip import CLIP, HEAD_WIDTH, OPENAI_MEAN, OPENAI_STD, CLIPConfig
 from dalle.clip_tokenizer import CLIPTokenizer
 from dalle.config import validate
+from dalle.files import atomic_folder, read_json
 from dalle.model_folder import write_ranker_index
-from dalle.weights import atomic_folder, load_strict, load_tensors, read_json
+from dalle.weights import load_strict, load_tensors
 
 HUGGINGFACE_NAMES = (  # theirs -> OpenAI's, in this order
     (r"^text_model\.embeddings\.token_embedding\.weight$", "token_embedding.weight"),

@@ -18,7 +18,8 @@ from starlette.responses import JSONResponse, Response
 
 from dalle import __version__
 from dalle.attention import layer_kinds
-from dalle.generation.request import Request
+from dalle.generation.fields import FIELDS
+from dalle.generation.request import ImageRequest
 from dalle.images import grid
 from dalle.serving.intake import (
     accept,
@@ -30,9 +31,10 @@ from dalle.serving.intake import (
 )
 from dalle.serving.job import Event, Failed, Job, Queued, Row, ServingError, Settled, Started
 from dalle.serving.mailbox import EventStream, Mailbox
-from dalle.serving.schema import DrawRequest, check
+from dalle.serving.schema import DrawBody, check
 from dalle.serving.state import State
 
+NAMES = {"num_images_per_prompt": "num_images"}  # fields that the page calls otherwise
 SHEET_QUALITY = 85  # JPEG; a preview is looked at for a fraction of a second
 OWN = (
     "seed",
@@ -47,7 +49,7 @@ OWN = (
 def router(state: State) -> APIRouter:
     """The routes."""
     routes = APIRouter(prefix="/api")
-    schema = DrawRequest.model_json_schema()
+    schema = DrawBody.model_json_schema()
 
     @routes.get("/info")
     def info() -> dict[str, Any]:
@@ -57,10 +59,10 @@ def router(state: State) -> APIRouter:
         "/draw", openapi_extra={"requestBody": {"content": {"application/json": {"schema": schema}}}}
     )
     async def draw(http: HttpRequest) -> Response:
-        wanted = check(DrawRequest, await read_json(http, state))
+        wanted = check(DrawBody, await read_json(http, state))
         n = count_candidates(wanted.num_images, wanted.num_candidates, state, "num_images")
         mailbox = Mailbox()
-        job = await accept(state, n, mailbox, lambda: prepare(state, wanted), keeps_candidates=True)
+        job = await accept(state, n, mailbox, lambda: read(state, wanted, n), NAMES, keeps_candidates=True)
         writer = Writer(state, job)
         return EventStream(state.jobs, job, mailbox, writer.write, {"x-dalle-job": job.id})
 
@@ -81,10 +83,11 @@ def describe(state: State) -> dict[str, Any]:
         "model_sha256": pipe.model_sha256,
         "version": __version__,
         "grid": config.grid_size,
-        "image_size": pipe.dvae.config.image_size,
+        "image_size": pipe.dvae.config.output_size,
         "n_codes": config.n_image_vocab,
         "n_text_tokens": config.n_text_tokens,
         "defaults": pipe.defaults.model_dump(),
+        "fields": {NAMES.get(name, name): facts._asdict() for name, facts in FIELDS.items()},
         "has_ranker": pipe.ranker is not None,
         "max_images": state.settings.max_images,
         "max_candidates": state.settings.max_candidates if pipe.ranker else state.settings.max_images,
@@ -93,17 +96,17 @@ def describe(state: State) -> dict[str, Any]:
     }
 
 
-def prepare(state: State, wanted: DrawRequest) -> Request:
-    """Checks a request against the model; ValueErrors and ServingErrors are its client's."""
+def read(state: State, wanted: DrawBody, n_candidates: int) -> ImageRequest:
+    """Return a body's request; ServingErrors for its pictures, InvalidRequests for its fields."""
     image = mask = None
     if wanted.image is not None:
         image = read_picture(decode_base64(wanted.image, "image"), "image", state)
     if wanted.mask is not None:
         mask = read_mask(decode_base64(wanted.mask, "mask"), "mask", state)
-    [request] = state.pipe.prepare(
+    return ImageRequest(
         wanted.prompt,
         num_images_per_prompt=wanted.num_images,
-        num_candidates=wanted.num_candidates,
+        num_candidates=n_candidates,
         seed=wanted.seed,
         temperature=wanted.temperature,
         top_k=wanted.top_k,
@@ -113,9 +116,7 @@ def prepare(state: State, wanted: DrawRequest) -> Request:
         keep_rows=wanted.keep_rows,
         mask=mask,
         truncate=wanted.truncate,
-        ranker=state.pipe.ranker,
     )
-    return request
 
 
 class Writer:
@@ -123,7 +124,7 @@ class Writer:
 
     def __init__(self, state: State, job: Job) -> None:
         self._job, self._request = job, job.request
-        self._grid, self._side = state.pipe.transformer.config.grid_size, state.pipe.dvae.config.image_size
+        self._grid, self._side = state.pipe.transformer.config.grid_size, state.pipe.dvae.config.output_size
 
     def write(self, event: Event) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Name and JSON of what the page is sent for an event."""

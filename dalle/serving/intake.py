@@ -5,24 +5,18 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from PIL import Image
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
 
-from dalle.generation.request import Request
+from dalle.generation.request import CaptionRequest, ImageRequest, InvalidRequest
 from dalle.images import open_image, open_mask
 from dalle.serving.job import Job, Listener, ServingError, bad_request
 from dalle.serving.schema import parse_json
 from dalle.serving.state import State
-
-# How the package's own ValueErrors begin -> the field that a client knows; `guidance` is OpenAI's guidance_scale.
-FIELDS = re.compile(
-    r"(?:sampling options: )?(caption|num_candidates|seed|temperature|top_k|top_p|guidance|image|mask|keep_rows)\b"
-)
 
 
 async def read_json(http: HttpRequest, state: State) -> Any:
@@ -51,7 +45,7 @@ def count_candidates(n_images: int, n_candidates: int | None, state: State, name
     if n_images > settings.max_images:
         raise bad_request(f"{name} is {n_images}; this server draws at most {settings.max_images}", name)
     if n_candidates is None:
-        return n_images
+        return usual_candidates(n_images, state.pipe.defaults.candidates, state)
     if not n_images <= n_candidates <= settings.max_candidates:
         raise bad_request(
             f"num_candidates is {n_candidates}; choose {n_images}..{settings.max_candidates}",
@@ -60,28 +54,49 @@ def count_candidates(n_images: int, n_candidates: int | None, state: State, name
     return n_candidates
 
 
+def usual_candidates(n_images: int, default: int | None, state: State) -> int:
+    """How many candidates are drawn where a request leaves it open: max(default, pictures), as far as allowed here."""
+    if state.pipe.ranker is None or default is None:
+        return n_images
+    return max(n_images, min(default, state.settings.max_candidates))
+
+
 async def accept(
-    state: State, n_slots: int, listener: Listener, prepare: Callable[[], Request], keeps_candidates: bool
+    state: State,
+    n_slots: int,
+    listener: Listener,
+    read: Callable[[], ImageRequest],
+    names: Mapping[str, str],
+    keeps_candidates: bool,
 ) -> Job:
-    """Reserves slots, then checks the request, then queues it; slots are given back where a check fails."""
+    """Reserve slots, then check the request, then queue it; slots are given back where a check fails.
+
+    Args:
+        n_slots: candidates.
+        listener: is told what becomes of the job.
+        read: makes the request, decoding its pictures.
+        names: what the client calls fields of an `ImageRequest` that have another name there.
+        keeps_candidates: in the history, those that lost too.
+
+    Raises:
+        ServingError: 400 with the field at fault, or 503 where the queue is full.
+    """
     reservation = state.jobs.reserve(n_slots)
     try:
-        request = await run_in_threadpool(_checked, prepare)
+        request = await run_in_threadpool(_checked, state, read, names)
         return state.jobs.submit(reservation, request, listener, keeps_candidates)
     except BaseException:
         reservation.release()
         raise
 
 
-def _checked(prepare: Callable[[], Request]) -> Request:
+def _checked(state: State, read: Callable[[], ImageRequest], names: Mapping[str, str]) -> CaptionRequest:
     try:
-        return prepare()
-    except ValueError as error:
-        message = " ".join(str(error).split())
-        named = FIELDS.match(message)
-        name = {"caption": "prompt"}.get(named[1], named[1]) if named else None
-        code = "caption_too_long" if named and named[1] == "caption" else "invalid_value"
-        raise bad_request(message, name, code) from None
+        [request] = state.pipe.prepare(read(), state.pipe.ranker)
+        return request
+    except InvalidRequest as error:
+        code = "caption_too_long" if error.field == "prompt" else "invalid_value"
+        raise bad_request(str(error), names.get(error.field, error.field), code) from None
 
 
 def decode_base64(text: str, name: str) -> bytes:

@@ -13,8 +13,8 @@ from typing import Protocol
 from PIL import Image
 from torch import Tensor
 
-from dalle.generation.recipe import BatchPlan, Completion
-from dalle.generation.request import Request
+from dalle.generation.batch import Batch, Slot
+from dalle.generation.request import CaptionRequest
 
 
 class ServingError(Exception):
@@ -131,7 +131,8 @@ class Candidate:
     tokens: Tensor  # (G, G) int64
     image: Image.Image
     score: float | None
-    batch: BatchPlan
+    batch: Batch
+    row: int  # of the batch
     n_threads: int
 
 
@@ -139,12 +140,11 @@ class Candidate:
 class Job:
     """State of one request. The queue's lock guards `is_over` and `n_taken`; the rest is the worker's."""
 
-    request: Request
+    request: CaptionRequest
     listener: Listener
     deadline: float  # by time.monotonic()
     keeps_candidates: bool  # in the history, those that lost too
     caption_vector: Tensor | None = None  # (E,) of CLIP
-    completion: Completion | None = None
     is_prepared: bool = False
     id: str = field(default_factory=lambda: secrets.token_urlsafe(16))
     accepted_at: float = field(default_factory=time.monotonic)
@@ -173,6 +173,6 @@ class Part:
     n: int
 
     @property
-    def seeds(self) -> tuple[int, ...]:
-        """Theirs."""
-        return self.job.request.seeds[self.first : self.first + self.n]
+    def slot(self) -> Slot:
+        """What a batch draws of them."""
+        return Slot(self.job.request, self.first, self.n)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from dalle.generation.request import Request
+from dalle.generation.request import CaptionRequest
 from dalle.pipeline import DallePipeline
 from dalle.serving.history import History
 from dalle.serving.job import Failed, Job, Listener, Part, Queued, ServingError, Started
@@ -140,7 +140,7 @@ class Jobs:
     def submit(
         self,
         reservation: Reservation,
-        request: Request,
+        request: CaptionRequest,
         listener: Listener,
         keeps_candidates: bool = False,
     ) -> Job:

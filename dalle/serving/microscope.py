@@ -22,8 +22,8 @@ from torch import Tensor
 from dalle.attention import allowed_image_keys, layer_kinds
 from dalle.config import validate
 from dalle.dvae import DiscreteVAE
-from dalle.generation.options import GenerationOptions
 from dalle.generation.recipe import Recipe
+from dalle.generation.request import GenerationOptions
 from dalle.generation.sampling import (
     MIN_TEMPERATURE,
     apply_temperature,
@@ -197,7 +197,7 @@ def draw_token(dvae: DiscreteVAE, token: int) -> bytes:
 
     A token has no picture of its own: the decoder paints each cell with an eye on those around it.
     """
-    grid, size = dvae.config.grid_size, dvae.config.image_size
+    grid, size = dvae.config.grid_size, dvae.config.output_size
     device = next(dvae.parameters()).device
     pixels = dvae.decode(torch.full((1, grid, grid), token, device=device))  # (1, 3, H, W)
     side = size // grid

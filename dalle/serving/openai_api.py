@@ -21,11 +21,19 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from dalle.generation.request import Request
+from dalle.generation.request import ImageRequest
 from dalle.images import has_transparency, open_image, to_png
 from dalle.pipeline import DallePipeline
 from dalle.serving.files import PREFIX, Format, Look, SignedFiles
-from dalle.serving.intake import accept, count_candidates, read_json, read_mask, read_picture, within
+from dalle.serving.intake import (
+    accept,
+    count_candidates,
+    read_json,
+    read_mask,
+    read_picture,
+    usual_candidates,
+    within,
+)
 from dalle.serving.job import (
     Drawn,
     Event,
@@ -37,11 +45,13 @@ from dalle.serving.job import (
     bad_request,
 )
 from dalle.serving.mailbox import EventStream, Mailbox, outcome
-from dalle.serving.schema import EditRequest, GenerationRequest, ImageRequest, check, told
+from dalle.serving.schema import EditBody, GenerationBody, OpenAIImageBody, check, told
 from dalle.serving.state import State
 
 # Candidates drawn for each request, of which CLIP keeps the best n; more of them is what quality means here.
 CANDIDATES = {"low": 1, "medium": 8, "high": 32, "xhigh": 128, "max": 512}
+# Fields of an `ImageRequest` that OpenAI's clients call otherwise.
+NAMES = {"num_images_per_prompt": "n", "guidance": "guidance_scale"}
 SAME_AS = {"auto": "medium", "standard": "medium", "hd": "high"}
 MAX_UPSCALE = 16  # 64 px -> 1024 px
 DEFAULT_COMPRESSION = 100
@@ -52,11 +62,11 @@ def router(state: State, files: SignedFiles) -> APIRouter:
     """The routes."""
     routes, started_at = APIRouter(prefix="/v1"), int(time.time())
 
-    @routes.post("/images/generations", openapi_extra=_body("application/json", GenerationRequest))
+    @routes.post("/images/generations", openapi_extra=_body("application/json", GenerationBody))
     async def generate(http: HttpRequest) -> Response:
-        wanted = check(GenerationRequest, await read_json(http, state))
+        wanted = check(GenerationBody, await read_json(http, state))
         order = Order.of(state, wanted)
-        return await answer(http, state, files, order, lambda: prepare(state, order))
+        return await answer(http, state, files, order, lambda: read(order))
 
     @routes.post("/images/edits", openapi_extra=_edit_body())
     async def edit(http: HttpRequest) -> Response:
@@ -72,7 +82,7 @@ def router(state: State, files: SignedFiles) -> APIRouter:
             await form.close()
         order = Order.of(state, wanted, "image_edit")
         return await answer(
-            http, state, files, order, lambda: prepare_edit(state, order, wanted.keep_rows, image, mask)
+            http, state, files, order, lambda: read_completion(state, order, wanted.keep_rows, image, mask)
         )
 
     @routes.get("/models")
@@ -104,7 +114,7 @@ def router(state: State, files: SignedFiles) -> APIRouter:
 class Order:
     """A request of the API, checked as far as it does not concern the caption or a picture."""
 
-    wanted: ImageRequest
+    wanted: OpenAIImageBody
     event: str  # what its stream events are called
     n_images: int
     n_candidates: int
@@ -115,17 +125,15 @@ class Order:
     n_partial: int
 
     @classmethod
-    def of(cls, state: State, wanted: ImageRequest, event: str = "image_generation") -> Order:
+    def of(cls, state: State, wanted: OpenAIImageBody, event: str = "image_generation") -> Order:
         """ServingErrors for a model that is not here, a size, a format or numbers that it does not give."""
         if wanted.model is not None:
             check_model(state.pipe, wanted.model)
         n_images = 1 if wanted.n is None else wanted.n
         quality = SAME_AS.get(wanted.quality or "auto", wanted.quality or "auto")
         n_candidates = wanted.num_candidates
-        if n_candidates is None and state.pipe.ranker is not None:
-            n_candidates = min(
-                max(n_images, CANDIDATES[quality]), max(n_images, state.settings.max_candidates)
-            )
+        if n_candidates is None and not (wanted.quality in (None, "auto") and state.pipe.defaults.candidates):
+            n_candidates = usual_candidates(n_images, CANDIDATES[quality], state)
         n = count_candidates(n_images, n_candidates, state, "n")
         if wanted.partial_images and not wanted.stream:
             raise bad_request("partial_images needs stream: true", "partial_images")
@@ -134,7 +142,7 @@ class Order:
             event=event,
             n_images=n_images,
             n_candidates=n,
-            look=read_look(wanted, state.pipe.dvae.config.image_size),
+            look=read_look(wanted, state.pipe.dvae.config.output_size),
             quality=quality,
             gives_url=wanted.response_format == "url" and not wanted.stream,
             is_stream=bool(wanted.stream),
@@ -152,7 +160,7 @@ class Order:
         }
 
 
-def read_look(wanted: ImageRequest, native: int) -> Look:
+def read_look(wanted: OpenAIImageBody, native: int) -> Look:
     """Size and format of what is handed out; ServingErrors for those that the model does not give."""
     side = native
     if wanted.size not in (None, "auto"):
@@ -195,16 +203,15 @@ def _model(pipe: DallePipeline, created: int) -> dict[str, Any]:
 # --- What the model is to draw ------------------------------------------------------------------------------
 
 
-def prepare(
-    state: State,
+def read(
     order: Order,
     image: Image.Image | None = None,
     keep_rows: int | None = None,
     mask: Image.Image | None = None,
-) -> Request:
-    """Checks an order's caption and settings against the model; ValueErrors are its client's."""
+) -> ImageRequest:
+    """Return an order's request; InvalidRequests are its client's."""
     wanted = order.wanted
-    [request] = state.pipe.prepare(
+    return ImageRequest(
         wanted.prompt,
         num_images_per_prompt=order.n_images,
         num_candidates=order.n_candidates,
@@ -217,15 +224,13 @@ def prepare(
         keep_rows=keep_rows,
         mask=mask,
         truncate=bool(wanted.truncate),
-        ranker=state.pipe.ranker,
     )
-    return request
 
 
-def prepare_edit(
+def read_completion(
     state: State, order: Order, keep_rows: int | None, image: bytes, mask: bytes | None
-) -> Request:
-    """As `prepare`, of an uploaded picture: what its mask leaves clear is drawn anew, else what it leaves clear itself."""
+) -> ImageRequest:
+    """As `read`, of an uploaded picture: what its mask leaves clear is drawn anew, else what it leaves clear itself."""
     picture, hole = read_picture(image, "image", state), None
     if mask is not None:
         hole = read_mask(mask, "mask", state)
@@ -243,10 +248,10 @@ def prepare_edit(
                 "missing_required_parameter",
             )
         hole = read_mask(image, "image", state)
-    return prepare(state, order, picture, keep_rows, hole)
+    return read(order, picture, keep_rows, hole)
 
 
-async def read_edit(form: FormData) -> tuple[EditRequest, bytes, bytes | None]:
+async def read_edit(form: FormData) -> tuple[EditBody, bytes, bytes | None]:
     """Fields, image and mask of a form; text fields are read as what they mean."""
     tree, uploads = dict[str, str](), dict[str, bytes]()
     for name, value in form.multi_items():
@@ -268,7 +273,7 @@ async def read_edit(form: FormData) -> tuple[EditRequest, bytes, bytes | None]:
     if "image" not in uploads:
         raise bad_request("image is missing", "image", "missing_required_parameter")
     try:
-        wanted = EditRequest.model_validate(tree, strict=False)  # a form holds nothing but text
+        wanted = EditBody.model_validate(tree, strict=False)  # a form holds nothing but text
     except ValidationError as error:
         raise told(error) from None
     return wanted, uploads["image"], uploads.get("mask")
@@ -278,13 +283,13 @@ async def read_edit(form: FormData) -> tuple[EditRequest, bytes, bytes | None]:
 
 
 async def answer(
-    http: HttpRequest, state: State, files: SignedFiles, order: Order, prepare: Callable[[], Request]
+    http: HttpRequest, state: State, files: SignedFiles, order: Order, prepare: Callable[[], ImageRequest]
 ) -> Response:
     """Queues an order, and streams or waits."""
     n_rows = state.pipe.transformer.config.grid_size
     rows = [round(n_rows * (i + 1) / (order.n_partial + 1)) - 1 for i in range(order.n_partial)]
     mailbox = Mailbox(rows, n_shown=1)
-    job = await accept(state, order.n_candidates, mailbox, prepare, keeps_candidates=False)
+    job = await accept(state, order.n_candidates, mailbox, prepare, NAMES, keeps_candidates=False)
     headers = {"x-dalle-job": job.id, "x-dalle-truncated": str(job.request.truncation is not None).lower()}
     writer = Writer(state, files, order, job, str(http.base_url).rstrip("/"))
     if order.is_stream:
@@ -363,12 +368,12 @@ def encode(image: Image.Image, recipe: Mapping[str, Any] | None, look: Look) -> 
     return buffer.getvalue()
 
 
-def _body(kind: str, schema: type[ImageRequest]) -> dict[str, Any]:
+def _body(kind: str, schema: type[OpenAIImageBody]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {kind: {"schema": schema.model_json_schema()}}}}
 
 
 def _edit_body() -> dict[str, Any]:
-    extra = _body("multipart/form-data", EditRequest)
+    extra = _body("multipart/form-data", EditBody)
     schema = extra["requestBody"]["content"]["multipart/form-data"]["schema"]
     for name in ("image", "mask"):
         schema["properties"][name] = {"type": "string", "format": "binary"}

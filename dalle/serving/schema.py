@@ -13,44 +13,49 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, ValidationError
 
 from dalle.config import Config
-from dalle.generation.sampling import MAX_SEED
+from dalle.generation.fields import FIELDS
+from dalle.generation.request import (
+    Guidance,
+    KeepRows,
+    NumCandidates,
+    NumImages,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+)
 from dalle.serving.job import ServingError, bad_request
 
 MAX_PROMPT = 32_000  # characters, OpenAI's limit; how many tokens the model reads is checked later
 
-Prompt = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT)]
-Count = Annotated[int, Field(ge=1, le=4096)]  # the server's own limits are tighter
-Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
-Temperature = Annotated[float, Field(ge=0.0, le=100.0)]
-TopK = Annotated[int, Field(ge=0, le=2**16)]  # 0: all
-TopP = Annotated[float, Field(gt=0.0, le=1.0)]
-Guidance = Annotated[float, Field(ge=0.0, le=100.0)]
+Prompt = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT, description=FIELDS["prompt"].help)]
+Truncate = Annotated[bool, Field(description=FIELDS["truncate"].help)]
 Ignored = Annotated[str, Field(max_length=1000)] | None
 
 
-class DrawRequest(Config):
+class DrawBody(Config):
     """Body of `POST /api/draw`."""
 
     prompt: Prompt
-    num_images: Count = 4
-    num_candidates: Count | None = None
+    num_images: NumImages = 4
+    num_candidates: NumCandidates | None = None
     seed: Seed | None = None
     temperature: Temperature | None = None
     top_k: TopK | None = None
     top_p: TopP | None = None
     guidance: Guidance | None = None
     image: str | None = None  # base64 of a PNG, JPEG or WebP
-    keep_rows: Count | None = None
+    keep_rows: KeepRows | None = None
     mask: str | None = None  # base64 of a PNG
-    truncate: bool = False
+    truncate: Truncate = False
 
 
-class ImageRequest(Config):
-    """What generations and edits have in common."""
+class OpenAIImageBody(Config):
+    """What generations and edits have in common, under OpenAI's names; ours are those of `ImageRequest`."""
 
     prompt: Prompt
     model: Annotated[str, Field(max_length=500)] | None = None
-    n: Count | None = None
+    n: NumImages | None = None
     size: Annotated[str, Field(max_length=20)] | None = None  # WxH or auto
     quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] | None = None
     response_format: Literal["url", "b64_json"] | None = None
@@ -65,24 +70,24 @@ class ImageRequest(Config):
     top_k: TopK | None = None
     top_p: TopP | None = None
     guidance_scale: Guidance | None = None
-    num_candidates: Count | None = None
-    truncate: bool | None = None
+    num_candidates: NumCandidates | None = None
+    truncate: Truncate | None = None
     # taken and ignored: nothing here depends on them
     user: Ignored = None
     safety_identifier: Ignored = None
     moderation: Literal["auto", "low"] | None = None
 
 
-class GenerationRequest(ImageRequest):
+class GenerationBody(OpenAIImageBody):
     """Body of `POST /v1/images/generations`."""
 
     style: Literal["vivid", "natural"] | None = None  # ignored
 
 
-class EditRequest(ImageRequest):
+class EditBody(OpenAIImageBody):
     """Text fields of `POST /v1/images/edits`."""
 
-    keep_rows: Count | None = None  # ours: in place of a mask
+    keep_rows: KeepRows | None = None  # ours: in place of a mask
     input_fidelity: Literal["low", "high"] | None = None  # ignored
 
 

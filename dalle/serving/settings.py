@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from dalle.config import Config
-from dalle.generation.engine import ROWS_PER_BATCH
+from dalle.generation.batch import ROWS_PER_BATCH
 
 
 def default_data_dir() -> Path:

@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-STAGES = ("dvae", "transformer", "clip")  # in the order in which they train
+STAGES = ("dvae", "decoder", "transformer", "clip")  # in the order in which they train
 SHEETS = {
     "dvae": "reconstructions",
+    "decoder": "reconstructions",
     "transformer": "samples",
     "clip": "retrieval",
 }  # what a stage's sheet shows

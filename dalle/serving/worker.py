@@ -8,14 +8,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from dalle.generation.batch import Batch, Slot
 from dalle.generation.precision import decode_threads, threads
-from dalle.generation.recipe import BatchPlan
+from dalle.generation.recipe import Recipe
+from dalle.generation.request import ImageRequest
 from dalle.generation.rerank import CHUNK, best_first
 from dalle.images import to_images, to_png
 from dalle.pipeline import DallePipeline
@@ -42,9 +45,10 @@ class Worker:
         """Draws, decodes and ranks once, so that the first client does not wait for libraries to set themselves up."""
         try:
             ranker = self.pipe.ranker
-            [request] = self.pipe.prepare("", num_images_per_prompt=4, ranker=ranker)
+            [request] = self.pipe.prepare(ImageRequest("", num_images_per_prompt=4, num_candidates=4), ranker)
             n_threads = self._n_threads(4)
-            tokens = self.pipe.draw_batch([request], [request.seeds], [None], lambda *_: False, n_threads)
+            batch = Batch((Slot(request, 0, 4),), 4)
+            tokens = self.pipe.draw_batch(batch, lambda *_: False, n_threads)
             self.pipe.preview(tokens, 1)
             pixels = self.pipe.pixels(tokens)
             if ranker is not None:
@@ -79,7 +83,7 @@ class Worker:
         if job.is_prepared:
             return True
         try:
-            job.completion = self.pipe.completion(job.request)
+            job.request = replace(job.request, completion=self.pipe.completion(job.request))
             if self.pipe.ranker is not None:
                 captions = [job.request.caption]
                 [job.caption_vector] = self.pipe.ranker.encode_captions(captions, job.request.truncate)
@@ -128,19 +132,14 @@ class Worker:
             shown_s += time.monotonic() - before
             return all(part.job.is_over for part in parts)  # nobody wants this batch any more
 
-        tokens = self.pipe.draw_batch(
-            [part.job.request for part in parts],
-            [part.seeds for part in parts],
-            [part.job.completion for part in parts],
-            on_row_end,
-            n_threads,
-        )
+        batch = Batch(tuple(part.slot for part in parts), n_rows, is_shared=True)
+        tokens = self.pipe.draw_batch(batch, on_row_end, n_threads)
         self.metrics.batch_rows.set(0)
         row = 0
         for part in parts:
             own = tokens[row : row + part.n]
             if not part.job.is_over:
-                self._finish(part, own, _plan(parts, part), n_threads)
+                self._finish(part, own, batch, row, n_threads)
             row += part.n
         self.jobs.timed(n_rows, time.monotonic() - start)
 
@@ -156,14 +155,14 @@ class Worker:
         if not watched:
             return
         top = self.pipe.preview(tokens[rows].cpu(), row + 1)  # (R, 3, h, W)
-        side = self.pipe.dvae.config.image_size
+        side = self.pipe.dvae.config.output_size
         images = [_padded(image, side) for image in to_images(top)]
         start = 0
         for part, n in watched:
             part.job.listener.tell(Row(row, part.first, tuple(images[start : start + n])))
             start += n
 
-    def _finish(self, part: Part, tokens: Tensor, plan: BatchPlan, n_threads: int) -> None:
+    def _finish(self, part: Part, tokens: Tensor, batch: Batch, row: int, n_threads: int) -> None:
         """Decodes and scores a job's part of a batch; the last part settles the job."""
         job = part.job
         try:
@@ -174,8 +173,7 @@ class Worker:
                 scores = self.pipe.ranker.score(job.caption_vector, torch.split(pixels, CHUNK)).tolist()
             images = to_images(pixels)
             for i, image in enumerate(images):
-                place = plan.model_copy(update={"position": plan.position + i})
-                job.candidates.append(Candidate(tokens[i], image, scores[i], place, n_threads))
+                job.candidates.append(Candidate(tokens[i], image, scores[i], batch, row + i, n_threads))
             self.metrics.pictures.inc(part.n)
             if len(job.candidates) == job.n_candidates:
                 self._settle(job)
@@ -213,16 +211,13 @@ class Worker:
 
     def _picture(self, job: Job, index: int, rank: int) -> NewPicture:
         candidate, ranker = job.candidates[index], self.pipe.ranker
-        recipe = self.pipe.recipe(
-            job.request,
-            index,
+        recipe = Recipe.of(
             candidate.batch,
-            job.completion,
+            candidate.row,
             candidate.tokens,
-            candidate.n_threads,
+            self.pipe.origin(candidate.n_threads, ranker),
             (candidate.score, None if candidate.score is None else rank),
-            ranker,
-        )
+        ).model_dump(mode="json")
         return NewPicture(
             png=to_png(candidate.image, recipe),
             recipe=recipe,
@@ -233,24 +228,6 @@ class Worker:
             kept=rank < job.request.n_images,
             tokens=candidate.tokens.numpy().astype("<u2").tobytes(),
         )
-
-
-def _plan(parts: Sequence[Part], own: Part) -> BatchPlan:
-    """The batch plan of the first candidate of a part; what other clients asked for stays theirs."""
-    captions = [part.job.request.caption if part is own else "" for part in parts]
-    seeds = [seed for part in parts for seed in (part.seeds if part is own else (0,) * part.n)]
-    position = sum(part.n for part in parts[: parts.index(own)])
-    options = [part.job.request.options for part in parts for _ in range(part.n)]
-    guided = tuple(row for row, one in enumerate(options) if one.guidance != 1)
-    is_alike = len(guided) in (0, len(options))
-    return BatchPlan(
-        captions=tuple(captions),
-        seeds=tuple(seeds),
-        position=position,
-        rows_per_batch=len(seeds),
-        n_pictures=None if len({part.n for part in parts}) == 1 else tuple(part.n for part in parts),
-        guided=None if is_alike else guided,
-    )
 
 
 def _padded(top: Image.Image, side: int) -> Image.Image:

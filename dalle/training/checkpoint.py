@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dalle import weights
+from dalle import files, manifest, weights
 from dalle.training.optim import MovingAverage
 
 KEPT = 2
@@ -43,7 +43,7 @@ def newest(root: Path) -> Checkpoint | None:
     broken = []
     for checkpoint in _folders(root):
         try:
-            weights.verify_manifest(checkpoint.folder)
+            manifest.VerifiedFolder(checkpoint.folder)
         except (ValueError, OSError) as error:
             broken.append(str(error))
             logger.warning(
@@ -68,12 +68,12 @@ def save(
 ) -> Path:
     """Write `root/step-N` atomically, then drop all but the last two; returns the folder."""
     target = cleared(root, step)
-    with weights.atomic_folder(target) as folder:
+    with files.atomic_folder(target) as folder:
         weights.save_tensors(folder / FILES[0], model.state_dict())
         weights.save_tensors(folder / FILES[1], average.tensors)
         weights.save_tensors(folder / FILES[2], _optimizer_tensors(model, optimizer))
-        weights.write_json(folder / FILES[3], {"step": step, **state})
-        weights.write_manifest(folder, FILES)
+        files.write_json(folder / FILES[3], {"step": step, **state})
+        manifest.write_manifest(folder, FILES)
     drop_old(root)
     return target
 
@@ -104,7 +104,7 @@ def restore(
     for name, tensor in average.tensors.items():
         tensor.copy_(averaged[name])
     _restore_optimizer(model, optimizer, weights.load_tensors(checkpoint.folder / FILES[2]))
-    state = weights.read_json(checkpoint.folder / FILES[3])
+    state = files.read_json(checkpoint.folder / FILES[3])
     if not isinstance(state, dict) or state.get("step") != checkpoint.step:
         raise ValueError(f"{checkpoint.folder / FILES[3]}: not the state of step {checkpoint.step}")
     return state

@@ -34,6 +34,7 @@ from dalle.training.transformer import encode_caption, fitting_captions
 logger = logging.getLogger(__name__)
 CHUNK = 64  # held-out pictures encoded at once
 SHEET_CAPTIONS = 16
+FEW = 0.25  # of the batch asked for: below, a ranker may not be worth its time
 
 Batch = tuple[Tensor, Tensor]  # text (B, T), pictures (B, 3, H, W) in [0, 1]
 
@@ -207,11 +208,16 @@ def _fitting(settings: CLIPTraining, n_epoch: int, n_processes: int = 1) -> CLIP
     batch_size = min(settings.batch_size, n_epoch)
     batch_size -= batch_size % n_processes  # each process has an equal part
     fitting = settings.model_copy(update={"batch_size": batch_size, "accumulation": n_epoch // batch_size})
+    n_update, asked = (part.batch_size * part.accumulation for part in (fitting, settings))
+    advice = "; --stages tokenizer,dvae,transformer leaves it out" if n_update < asked * FEW else ""
     logger.warning(
-        "clip: an epoch has %d different pictures: updates of %d, not of %d",
+        "clip: an epoch has %d different pictures: updates of %d, not of %d. It learns to tell a caption from %d others "
+        "at once, and ranks the worse for it%s",
         n_epoch,
-        fitting.batch_size * fitting.accumulation,
-        settings.batch_size * settings.accumulation,
+        n_update,
+        asked,
+        n_update - 1,
+        advice,
     )
     return fitting
 

@@ -154,7 +154,7 @@ def count_parameters(build: Callable[[], nn.Module]) -> int:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of one sequence under bfloat16 autocast, the residual stream and the logits in fp32."""
+    """Bytes of one sequence, the residual stream and the logits in fp32."""
 
     layer: int  # what one layer keeps for its backward pass
     layer_input: int  # what it keeps when it is checkpointed
@@ -167,30 +167,33 @@ class Activations:
         return layers + (max(self.layer, self.heads) if is_checkpointed else self.heads)
 
 
-def activations(config: TransformerConfig, device: str) -> Activations:
+def activations(config: TransformerConfig, device: str, n_bytes: int = BF16) -> Activations:
     """What a sequence keeps in memory for its backward pass; `device` is "cuda" or "cpu".
 
-    A layer keeps, in bytes a slot: the inputs of both norms in fp32 (8 C), their outputs (4 C), queries, keys and
-    values (6 C), what attention gave (2 C), and what enters GELU and what leaves it (16 C): 36 C in all. On top come
-    the shares: a fused kernel keeps none but its own output again and a number a head; on a CPU, see `attend`.
+    A number of what is multiplied takes `n_bytes`: 2 under bfloat16 autocast, 4 in float32. A layer keeps, in bytes a
+    slot and for 2: the inputs of both norms in fp32 (8 C), their outputs (4 C), queries, keys and values (6 C), what
+    attention gave (2 C), and what enters GELU and what leaves it (16 C): 36 C in all. On top come the shares: a fused
+    kernel keeps none but its own output again and a number a head; on a CPU, see `attend`.
     """
     width, n_stream = config.d_model, config.n_text_tokens + config.n_image_tokens
     kinds = layer_kinds(config.n_layers, config.layers)
-    shares = sum(_attention_bytes(config, kind, device) for kind in kinds) // config.n_layers
+    shares = sum(_attention_bytes(config, kind, device, n_bytes) for kind in kinds) // config.n_layers
     norms = 4 * FP32 * n_stream  # mean and deviation of both
-    layer = 36 * width * n_stream + norms + shares
-    # Kept: log-probabilities. Then beside them: the loss's gradient to them, that to the logits, and its bfloat16 copy.
+    layer = (2 * FP32 + 14 * n_bytes) * width * n_stream + norms + shares
+    # Kept: log-probabilities. Then beside them: the loss's gradient to them, that to the logits, and its 16-bit copy.
     logits = config.n_text_tokens * config.n_text_ids + config.n_image_tokens * config.n_image_vocab
     largest = max(config.n_text_tokens * config.n_text_ids, config.n_image_tokens * config.n_image_vocab)
     return Activations(
         layer=layer,
         layer_input=FP32 * width * n_stream,
-        heads=FP32 * logits + (2 * FP32 + BF16) * largest + 2 * FP32 * width * n_stream,
+        heads=FP32 * logits
+        + (2 * FP32 + (n_bytes if n_bytes < FP32 else 0)) * largest
+        + 2 * FP32 * width * n_stream,
         n_layers=config.n_layers,
     )
 
 
-def _attention_bytes(config: TransformerConfig, kind: str, device: str) -> int:
+def _attention_bytes(config: TransformerConfig, kind: str, device: str, n_bytes: int) -> int:
     """What a layer's attention keeps of one sequence besides queries, keys, values and its output."""
     n_text, n_stream, n_heads = (
         config.n_text_tokens,
@@ -199,10 +202,10 @@ def _attention_bytes(config: TransformerConfig, kind: str, device: str) -> int:
     )
     plan = AttentionPlan(kind, n_text, config.grid_size, config.conv_kernel)
     if device == "cpu" and n_stream <= EXPLICIT_TO_STREAM:
-        return BF16 * n_heads * n_stream**2
+        return n_bytes * n_heads * n_stream**2
     if device == "cpu" and kind in SPLIT_FROM_GRID and config.grid_size >= SPLIT_FROM_GRID[kind]:
         n_window = (plan.n_rows_back + 1) * config.grid_size
-        shares = BF16 * n_heads * config.n_image_tokens * (plan.n_caption + n_window)
-        copies = 2 * BF16 * config.d_model * config.n_image_tokens * (plan.n_rows_back + 1)  # keys, values
-        return shares + copies + BF16 * config.d_model * n_stream
-    return BF16 * config.d_model * n_stream + FP32 * n_heads * n_stream
+        shares = n_bytes * n_heads * config.n_image_tokens * (plan.n_caption + n_window)
+        copies = 2 * n_bytes * config.d_model * config.n_image_tokens * (plan.n_rows_back + 1)  # keys, values
+        return shares + copies + n_bytes * config.d_model * n_stream
+    return n_bytes * config.d_model * n_stream + FP32 * n_heads * n_stream

@@ -15,6 +15,7 @@ from dalle.evaluation.protocols import measure_reconstruction, reconstruct
 from dalle.evaluation.sheets import pairs_sheet, spread
 from dalle.training.optim import half_cosine
 from dalle.training.order import Order, rng
+from dalle.training.perceptual import FeatureDistance
 from dalle.training.pictures import Pictures, load_all
 from dalle.training.processes import ALONE, World
 from dalle.training.recipe import Balance, DVAETraining
@@ -44,6 +45,7 @@ class DVAEStage:
         self.train, self.bad = train, bad
         self.order = Order(train, seed, balance, world=world)
         self.device = next(model.parameters()).device
+        self._features = FeatureDistance(self.device) if settings.feature_weight else None
         size = model.config.image_size
 
         def whole(pair: Pair) -> Image:
@@ -78,14 +80,20 @@ class DVAEStage:
             temperature=half_cosine(step, 1.0, settings.final_temperature, settings.temperature_steps),
             kl_weight=half_cosine(step, 0.0, settings.kl_weight, settings.kl_steps),
             generator=generator,
+            distance=None if self._features is None else self._distance,
         )
         return loss * self.world.weight(len(batch)), metrics  # unreadable pictures make parts unequal
+
+    def _distance(self, drawn: Tensor, pictures: Tensor) -> Tensor:
+        assert self._features is not None
+        return self.settings.feature_weight * self._features(drawn, pictures)
 
     def validate(self) -> dict[str, float]:
         """PSNR in dB (hard tokens, pooled error) and the share of codes used on held-out pictures."""
         sums, _ = measure_reconstruction(self.model, torch.split(self.held_out, VALIDATION_BATCH))
-        assert sums.psnr is not None  # a stage without held-out pictures cannot be made
-        return {"psnr": sums.psnr, "codes_used": sums.codes_used}
+        psnr = sums.seen.psnr
+        assert psnr is not None  # a stage without held-out pictures cannot be made
+        return {"psnr": psnr, "codes_used": sums.codes_used}
 
     def sheet(self) -> Image:
         """Held-out pictures, each above its reconstruction from hard tokens."""

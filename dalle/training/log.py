@@ -19,6 +19,17 @@ LINE_SECONDS = 30.0  # between plain lines when nobody watches a terminal
 logger = logging.getLogger(__name__)
 
 
+def duration(seconds: float) -> str:
+    """Seconds in words of one unit: "45 seconds", "26 minutes", "5.3 hours", "12 days"."""
+    limits = {"second": 89.5, "minute": 89.5 * 60, "hour": 47.5 * 3600}
+    name = next((name for name, limit in limits.items() if seconds < limit), "day")
+    count = seconds / {"second": 1, "minute": 60, "hour": 3600, "day": 86400}[name]
+    # Tenths where a whole number would round by more than a twentieth.
+    is_coarse = name in ("hour", "day") and count < 10 and round(count, 1) != round(count)
+    shown = f"{count:.1f}" if is_coarse else f"{max(round(count), 1):,}"
+    return f"{shown} {name}" + ("" if shown == "1" else "s")
+
+
 class RunLog:
     """Logs one stage of a run; use as a context manager.
 
@@ -35,7 +46,7 @@ class RunLog:
         self.quiet = quiet or not is_main
         self.folder = folder
         self.began = time.monotonic()
-        self.last_line = 0.0
+        self.last_line = -math.inf  # the first update is said at once
         self.n_pictures = 0
         self._progress: Progress | None = None
         self._task: TaskID | None = None
@@ -110,8 +121,7 @@ class RunLog:
         return self.n_pictures / max(time.monotonic() - self.began, 1e-9)
 
     def _eta(self, step: int, now: float) -> str:
-        left = (now - self.began) / max(step - self.done, 1) * (self.steps - step)
-        return f"{int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}"
+        return duration((now - self.began) / max(step - self.done, 1) * (self.steps - step))
 
 
 class Board:

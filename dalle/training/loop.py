@@ -143,6 +143,11 @@ def train_stage(
         stop_signals(world.size == 1) as signals,
         checkpoints,
     ):
+        n_pictures = settings.batch_size * settings.accumulation
+        log.say(
+            f"{stage.name}: {settings.steps:,} updates of {n_pictures:,} pictures; sample sheets in "
+            f"{_sheet_folder(run_folder, stage)}"
+        )
         if state is not None:
             log.say(f"{stage.name}: goes on from update {progress.step}")
             log.metrics(progress.step, {"resumed": True})
@@ -151,9 +156,8 @@ def train_stage(
             loss, metrics = update(stage, optimizer, plateau, progress, dtype, scaling, layout)
             if progress.step % settings.average_every == 0:
                 average.update(model, progress.step // settings.average_every)
-            n_pictures = settings.batch_size * settings.accumulation
             log.step(progress.step, n_pictures, loss)
-            if progress.step % LOG_EVERY == 0 or progress.step == settings.steps:
+            if progress.step % LOG_EVERY == 0 or progress.step in (1, settings.steps):
                 log.metrics(progress.step, {**metrics, "pictures_per_second": log.pictures_per_second()})
             _look(stage, average, progress.step, run_folder, log, layout)
             stopped_by = _signal(signals, world)  # looked at once: a later one waits for the next update
@@ -257,6 +261,10 @@ def _skip(stage: Stage, progress: Progress) -> None:
         )
 
 
+def _sheet_folder(run_folder: Path, stage: Stage) -> Path:
+    return run_folder / "samples" / stage.name
+
+
 def _look(
     stage: Stage, average: MovingAverage, step: int, run_folder: Path, log: RunLog, layout: Layout
 ) -> None:
@@ -276,7 +284,7 @@ def _look(
         if draws:
             with layout.drawing(stage, average.tensors) as is_drawing:
                 if is_drawing:
-                    folder = run_folder / "samples" / stage.name
+                    folder = _sheet_folder(run_folder, stage)
                     folder.mkdir(parents=True, exist_ok=True)
                     images.save_png(stage.sheet(), folder / f"step-{step:07d}.png", None)
     stage.model.train()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dalle.training.adamw16 import AdamW16, local_part
-from dalle.training.muon import ADJUSTMENT, MOMENTUM, ShardedMuon
+from dalle.training.muon import Muon
 from dalle.training.recipe import Optimization
 
 PLATEAU_WINDOW = 2000  # updates averaged before two windows are compared; the paper does not say
@@ -140,18 +140,7 @@ def muon(model: nn.Module, settings: Optimization) -> torch.optim.Optimizer:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in in_layers]
     if not matrices:
         raise ValueError("optimizer muon: this model has no repeated layers with matrices: use adamw")
-    if isinstance(matrices[0], DTensor):
-        return Together(ShardedMuon(matrices, settings.learning_rate, settings.weight_decay), others)
-    return Together(
-        torch.optim.Muon(
-            matrices,
-            lr=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            momentum=MOMENTUM,
-            adjust_lr_fn=ADJUSTMENT,
-        ),
-        others,
-    )
+    return Together(Muon(matrices, settings.learning_rate, settings.weight_decay), others)
 
 
 class Together(torch.optim.Optimizer):

@@ -17,10 +17,32 @@ def rng(*key: int | str) -> np.random.Generator:
     return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
 
 
+def _group(pair: Pair, index: int, balance: Balance | None) -> tuple[object, ...]:
+    values = tuple(pair.fields.get(field) for field in balance.fields) if balance else ()
+    return ("fields", *values) if any(value not in (None, "") for value in values) else ("alone", index)
+
+
+def epoch_line(pairs: Sequence[Pair], balance: Balance | None) -> str:
+    """Say how many of the pictures an epoch has, and why."""
+    n_epoch = Order(pairs, 0, balance).n_epoch
+    if balance is None and n_epoch == len(pairs):
+        return f"an epoch has all {len(pairs):,} pictures to learn from"
+    if balance is None:
+        return f"an epoch has {n_epoch:,} of {len(pairs):,} pictures to learn from, by the weights of their data sets"
+    fields = " and ".join(balance.fields)
+    n_without = sum(_group(pair, index, balance)[0] == "alone" for index, pair in enumerate(pairs))
+    without = f"; {n_without:,} have none of these fields and always count" if n_without else ""
+    return (
+        f"an epoch has {n_epoch:,} of {len(pairs):,} pictures to learn from: [balance] takes at most {balance.cap} that "
+        f"agree in {fields}{without}" + ("" if n_epoch == len(pairs) else "; --set balance=none takes all")
+    )
+
+
 class Order:
     """Shuffled epochs over `pairs`; with a balance, large groups of alike pictures give a few members an epoch each.
 
     Of data sets with several weights the heaviest gives all its pictures each epoch, the others their share of them.
+    A picture that has none of the balance's fields is a group of its own.
 
     An epoch's last pictures are left out where it is no multiple of `multiple`, so that no run of so many, counted
     from the start, meets a picture twice. Raises ValueError when an epoch is shorter than that.
@@ -41,8 +63,7 @@ class Order:
         self.cap = balance.cap if balance else 1
         groups: dict[tuple[float, tuple[object, ...]], list[int]] = defaultdict(list)
         for index, pair in enumerate(pairs):
-            group = tuple(pair.fields.get(field) for field in balance.fields) if balance else (index,)
-            groups[pair.weight, group].append(index)
+            groups[pair.weight, _group(pair, index, balance)].append(index)
         self.groups: dict[float, list[np.ndarray]] = defaultdict(list)  # by the weight of their data set
         for (weight, _), members in groups.items():
             self.groups[weight].append(np.array(members))

@@ -1,18 +1,16 @@
 """What a run will need, before it is started: memory a device, seconds an update, days; as records.
 
 Source: `dalle.training.cost` for the arithmetic; the paper's App. E.2 for compressed gradients; PyTorch's FSDP2 for what
-sharding moves. Nothing is measured: `ASSUMPTIONS` says what is taken for granted.
+sharding moves. Of GPUs nothing is measured: `ASSUMPTIONS` says what is taken for granted. A CPU is asked.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
-from dalle.attention import EXPLICIT_TO_STREAM
 from dalle.clip import CLIP
 from dalle.dvae import DiscreteVAE
 from dalle.training.cost import (
     BACKWARD,
-    BF16,
     FP32,
     activations,
     clip_flops,
@@ -22,23 +20,10 @@ from dalle.training.cost import (
     parameters_by_part,
     transformer_flops,
 )
-from dalle.training.devices import (
-    CPU,
-    DEVICES,
-    HEAP,
-    LAYER_TRAFFIC,
-    LOGIT_TRAFFIC,
-    OVERLAP,
-    PROCESS_BYTES,
-    USABLE,
-    Device,
-    Machine,
-    State,
-    cpu_seconds,
-    newton_schulz_flops,
-    optimizer_seconds,
-)
+from dalle.training.cpu import Machine, cpu_dtype, measured, plan_cpu
+from dalle.training.devices import DEVICES, USABLE, Device
 from dalle.training.recipe import Optimization, Recipe, TransformerTraining, clip_config, transformer_config
+from dalle.training.rows import Memory, Row, Speed, kept_state, speed_of, state_on_each
 from dalle.transformer import TransformerConfig
 
 COUNTS = (1, 8, 64, 256, 512, 1024)  # devices that a table is made for
@@ -58,8 +43,11 @@ ASSUMPTIONS = (
     "compressed: PowerSGD of the layers' matrices as in the paper (rank 896 at width 3968: 14 %), all else as it is",
     "94 % of a device's memory can be used; v100 keeps what the paper kept (16-bit weights and moments), which this code"
     " does not: its weights are fp32",
-    "cpu: the rates of two cores, 0.43 TFLOP/s and 34.7 GB/s, of which each part of an update reaches the share in"
-    " `dalle/training/devices.py`",
+)
+CPU_ASSUMPTIONS = (
+    "the rates were measured just now, on {machine}; of them each part of an update reaches the share in"
+    " `dalle/training/cpu.py`",
+    "nothing else runs on the machine; reading and encoding pictures, validation and sheets are left out",
 )
 
 
@@ -71,62 +59,12 @@ class Stage:
     flops_per_picture: int  # forward and backward
     pictures_per_step: int
     steps: int
+    seconds: float | None = None  # of the whole stage, on a CPU
 
     @property
     def flops(self) -> int:
         """Of the whole stage."""
         return self.flops_per_picture * self.pictures_per_step * self.steps
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one device."""
-
-    weights: float
-    gradients: float
-    moments: float
-    average: float
-    gathered: (
-        float  # whole: the layer at work, the next one, a gradient, what no layer holds; autocast's copies
-    )
-    activations_per_sequence: float
-    checkpointed_per_sequence: float
-    total: float  # with the micro-batch of the plan
-    available: float | None  # None: as much as the machine has
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Seconds of one update, and what follows from them; `compressed`: with the paper's PowerSGD between machines."""
-
-    computing: float
-    inside: float  # network of the machine
-    between: float  # network between machines
-    between_compressed: float
-    step: float
-    step_compressed: float
-    tokens_per_second: float
-    mfu: float  # model FLOPs over the peak of all devices
-    days: float  # of the whole stage
-    days_compressed: float
-    device_hours: float
-
-
-@dataclass(frozen=True)
-class Row:
-    """The transformer's training on one number of one kind of device."""
-
-    device: str
-    n_devices: int
-    n_shards: int  # devices that hold one copy of the weights together
-    sequences: int  # a device and update
-    fits: int  # sequences at once, at most
-    fits_checkpointed: int
-    micro_batch: int  # 0: does not fit
-    is_checkpointed: bool
-    memory: Memory
-    speed: Speed | None  # None: does not fit
-    settings: tuple[str, ...]  # what a recipe sets to run like this, as --set takes it
 
 
 @dataclass(frozen=True)
@@ -141,7 +79,7 @@ class Plan:
     compression_ratio: float  # of what PowerSGD sends over what it stands for
     stages: dict[str, Stage]
     rows: tuple[Row, ...]
-    assumptions: tuple[str, ...] = ASSUMPTIONS
+    assumptions: tuple[str, ...]
 
     def to_json(self) -> dict[str, object]:
         """As a tree of JSON values, bytes and seconds."""
@@ -152,11 +90,16 @@ class Plan:
 
 
 def make_plan(
-    recipe: Recipe, n_devices: int | None = None, device: str | None = None, mfu: float | None = None
+    recipe: Recipe,
+    n_devices: int | None = None,
+    device: str | None = None,
+    mfu: float | None = None,
+    machine: Machine | None = None,
 ) -> Plan:
     """Plan a recipe for so many devices of a kind; without a number or a kind, for several.
 
-    Raises ValueError for an unknown kind, a number that does not divide the batch, and a share that is none.
+    A plan for "cpu" is for `machine`; without one, this CPU is measured. Raises ValueError for an unknown kind, a number
+    that does not divide the batch, and a share that is none.
     """
     config = transformer_config(
         recipe.transformer, recipe.dvae, recipe.tokenizer.vocab_size, recipe.tokenizer.max_tokens
@@ -172,7 +115,8 @@ def make_plan(
     if device == "cpu":
         if n_devices not in (None, 1):
             raise ValueError(f"gpus is {n_devices}; a plan for cpu is for one process")
-        rows = [plan_cpu(config, training, CPU)]
+        machine = machine or measured(cpu_dtype(training))
+        rows = [plan_cpu(config, training, machine)]
     else:
         counts = [n_devices] if n_devices else [count for count in COUNTS if batch % count == 0]
         kinds = [DEVICES[device]] if device else list(DEVICES.values())
@@ -187,8 +131,11 @@ def make_plan(
         tokens_per_step=batch * (config.n_text_tokens + config.n_image_tokens),
         compression_rank=paper_rank(config.d_model),
         compression_ratio=paper_ratio(config.d_model, paper_rank(config.d_model)),
-        stages=_stages(recipe, config, sum(parts.values())),
+        stages=_stages(recipe, config, sum(parts.values()), rows[0].speed, machine),
         rows=tuple(rows),
+        assumptions=ASSUMPTIONS
+        if machine is None
+        else (ASSUMPTIONS[0], *(line.format(machine=machine) for line in CPU_ASSUMPTIONS)),
     )
 
 
@@ -205,14 +152,6 @@ def paper_ratio(width: int, rank: int, n_shards: int = 8) -> float:
 # --- On GPUs ------------------------------------------------------------------------------------------------
 
 
-def kept_state(training: TransformerTraining) -> State:
-    """Bytes that this code keeps of a weight: fp32, with the moments of the recipe's optimizer."""
-    average = 0 if training.average_on_cpu else FP32
-    moments = {"adamw": 8, "adamw16": 4, "muon": 4}[training.optimizer]
-    others = {"weights": 4, "gradients": 4, "moments": 8, "average": average}
-    return {"matrices": others | {"moments": moments}, "others": others}
-
-
 def _plan_row(
     config: TransformerConfig, training: TransformerTraining, device: Device, n_devices: int, mfu: float
 ) -> Row:
@@ -220,7 +159,7 @@ def _plan_row(
     kept = activations(config, "cuda")
     state = device.state or kept_state(training)
     for n_shards in dict.fromkeys((1, math.gcd(n_devices, device.n_in_machine), n_devices)):
-        held = _state_on_each(config, state, n_shards)
+        held = state_on_each(config, state, n_shards)
         free = device.memory * USABLE - sum(held.values())
         fits, fits_checkpointed = (max(0, int(free // kept.kept(how))) for how in (False, True))
         if fits_checkpointed:
@@ -240,7 +179,7 @@ def _plan_row(
         computed = flops.update + (flops.forward if is_checkpointed else 0)
         computing = sequences * computed / (device.flops * mfu)
         traffic = _traffic(config, device, n_devices, n_shards, sequences // micro_batch)
-        speed = _speed(config, training, computing, traffic, n_devices, device.flops)
+        speed = speed_of(config, training, computing, traffic, n_devices, device.flops)
     return Row(
         device.name,
         n_devices,
@@ -278,27 +217,6 @@ def _settings(
     return tuple(settings)
 
 
-def _state_on_each(config: TransformerConfig, state: State, n_shards: int) -> dict[str, float]:
-    """Bytes on each of `n_shards` devices, and of what they gather from the others for a while."""
-    n_matrices = layer_matrices(config)
-    n_others = sum(parameters_by_part(config).values()) - n_matrices
-    held = {
-        name: (n_matrices * state["matrices"][name] + n_others * state["others"][name]) / n_shards
-        for name in state["matrices"]
-    }
-    layer = n_matrices / config.n_layers
-    is_fp32 = state["matrices"]["weights"] == FP32
-    held["gathered"] = 0.0
-    if (
-        n_shards > 1
-    ):  # two layers' weights and a gradient; FSDP2 keeps embeddings and heads, the paper dropped them
-        stay = n_others if is_fp32 else n_others / 2
-        held["gathered"] += state["matrices"]["weights"] * 3 * layer + state["others"]["weights"] * stay
-    if is_fp32:  # autocast keeps its copies until the backward pass is over
-        held["gathered"] += BF16 * (n_matrices + n_others)
-    return held
-
-
 def _divisor(n: int, limit: int) -> int:
     """The largest divisor of n up to a limit; 0 when there is none."""
     return next((divisor for divisor in range(min(n, limit), 0, -1) if n % divisor == 0), 0)
@@ -328,90 +246,31 @@ def _traffic(
     return inside, width * n_weights * ring, min(sent, width * n_weights) * ring
 
 
-def _speed(
-    config: TransformerConfig,
-    training: TransformerTraining,
-    computing: float,
-    traffic: tuple[float, float, float],
-    n_devices: int,
-    peak: float,
-) -> Speed:
-    inside, between, compressed = traffic
-    step, step_compressed = (
-        max(computing, inside) + max(0.0, seconds - OVERLAP * computing) for seconds in (between, compressed)
-    )
-    batch = training.batch_size * training.accumulation
-    days = training.steps * step / 86400
-    return Speed(
-        computing=computing,
-        inside=inside,
-        between=between,
-        between_compressed=compressed,
-        step=step,
-        step_compressed=step_compressed,
-        tokens_per_second=batch * (config.n_text_tokens + config.n_image_tokens) / step,
-        mfu=batch * transformer_flops(config).update / (step * n_devices * peak),
-        days=days,
-        days_compressed=training.steps * step_compressed / 86400,
-        device_hours=24 * days * n_devices,
-    )
-
-
-# --- On a CPU -----------------------------------------------------------------------------------------------
-
-
-def plan_cpu(config: TransformerConfig, training: TransformerTraining, machine: Machine) -> Row:
-    """The plan for one process on a CPU whose peaks are known, as it computes in bfloat16."""
-    n_weights, batch = sum(parameters_by_part(config).values()), training.batch_size
-    kept = activations(config, "cpu")
-    held = _state_on_each(config, kept_state(training), 1)
-    # The peak is where the backward pass begins, with no gradients yet, or where it ends.
-    lasting = sum(held.values()) - held["gradients"]
-    peak = lasting + max(batch * kept.kept(False), held["gradients"] + batch * kept.layer)
-    memory = Memory(
-        **held,
-        activations_per_sequence=kept.kept(False),
-        checkpointed_per_sequence=kept.kept(True),
-        total=PROCESS_BYTES + HEAP * peak,
-        available=None,
-    )
-    n_stream = config.n_text_tokens + config.n_image_tokens
-    flops = transformer_flops(config)
-    is_explicit = n_stream <= EXPLICIT_TO_STREAM
-    computed = 4 * config.d_model * config.n_layers * n_stream**2 if is_explicit else flops.attention
-    logits = config.n_text_tokens * config.n_text_ids + config.n_image_tokens * config.n_image_vocab
-    elementwise = LAYER_TRAFFIC * config.n_layers * kept.layer + LOGIT_TRAFFIC * logits
-    computing = training.accumulation * cpu_seconds(flops, batch, computed, batch * elementwise, machine)
-    computing += optimizer_seconds(muon_flops(config, training), n_weights, machine)
-    speed = _speed(config, training, computing, (0.0, 0.0, 0.0), 1, machine.flops)
-    return Row("cpu", 1, 1, batch * training.accumulation, batch, batch, batch, False, memory, speed, ())
-
-
-def muon_flops(config: TransformerConfig, training: TransformerTraining) -> int:
-    """FLOPs of Muon's own products in an update; 0 for other optimizers."""
-    if training.optimizer != "muon":
-        return 0
-    width = config.d_model
-    matrices = ((3 * width, width), (width, width), (4 * width, width), (width, 4 * width))
-    return config.n_layers * sum(newton_schulz_flops(*shape) for shape in matrices)
-
-
 # --- The other stages -------------------------------------------------------------------------
 
 
-def _stages(recipe: Recipe, config: TransformerConfig, n_weights: int) -> dict[str, Stage]:
-    n_text = recipe.tokenizer.max_tokens
+def _stages(
+    recipe: Recipe, config: TransformerConfig, n_weights: int, speed: Speed | None, machine: Machine | None
+) -> dict[str, Stage]:
+    """The stages; on a CPU with their seconds: the transformer's by `speed`, the others' at a share of the peak."""
 
-    def stage(n_parameters: int, flops: int, training: Optimization) -> Stage:
-        return Stage(n_parameters, flops, training.batch_size * training.accumulation, training.steps)
+    def stage(n_parameters: int, flops: int, training: Optimization, share: float) -> Stage:
+        n_pictures = training.batch_size * training.accumulation
+        seconds = training.steps * flops * n_pictures / (machine.flops * share) if machine else None
+        return Stage(n_parameters, flops, n_pictures, training.steps, seconds)
 
-    dvae = count_parameters(lambda: DiscreteVAE(recipe.dvae))
+    n_dvae = count_parameters(lambda: DiscreteVAE(recipe.dvae))
+    update = (1 + BACKWARD) * sum(dvae_flops(recipe.dvae))
     stages = {
-        "dvae": stage(dvae, (1 + BACKWARD) * sum(dvae_flops(recipe.dvae)), recipe.dvae_training),
-        "transformer": stage(n_weights, transformer_flops(config).update, recipe.transformer_training),
+        "dvae": stage(n_dvae, update, recipe.dvae_training, machine.efficiency.dvae if machine else 1.0)
     }
+    of_transformer = stage(n_weights, transformer_flops(config).update, recipe.transformer_training, 1.0)
+    seconds = of_transformer.steps * speed.step if machine and speed else None
+    stages["transformer"] = replace(of_transformer, seconds=seconds)
     if recipe.clip is not None and recipe.clip_training is not None:
-        clip = clip_config(recipe.clip, recipe.tokenizer.vocab_size, n_text)
-        n_clip = count_parameters(lambda: CLIP(clip))
-        stages["clip"] = stage(n_clip, (1 + BACKWARD) * clip_flops(clip), recipe.clip_training)
+        clip = clip_config(recipe.clip, recipe.tokenizer.vocab_size, recipe.tokenizer.max_tokens)
+        n_clip, update = count_parameters(lambda: CLIP(clip)), (1 + BACKWARD) * clip_flops(clip)
+        stages["clip"] = stage(
+            n_clip, update, recipe.clip_training, machine.efficiency.clip if machine else 1.0
+        )
     return stages

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 
 from dalle.training.devices import GIGA
-from dalle.training.plan import Plan, Row
+from dalle.training.log import duration
+from dalle.training.plan import Plan
+from dalle.training.rows import Row
 
 HEADS = (
     ("device", "gpu"),
@@ -23,8 +25,8 @@ HEADS = (
     ("between", "s, plain"),
     ("between", "s, compressed"),
     ("tokens/s", ""),
-    ("days", "plain"),
-    ("days", "compressed"),
+    ("time", "plain"),
+    ("time", "compressed"),
     ("GPU-hours", ""),
 )
 
@@ -34,6 +36,8 @@ def lines(plan: Plan) -> list[str]:
 
     The settings to run a row with are said where the rows are of one number of devices.
     """
+    if plan.rows[0].device == "cpu":
+        return [*_heading(plan), "", *(f"- {line}" for line in plan.assumptions)]
     text = [*_heading(plan), "", *_table(plan.rows), ""]
     if len({row.n_devices for row in plan.rows}) == 1:
         to_type = [
@@ -50,8 +54,16 @@ def _heading(plan: Plan) -> list[str]:
         lines.append(
             f"{name:<12} {stage.parameters:,} parameters; {_si(stage.flops_per_picture)}FLOP a picture forward and "
             f"backward; {stage.steps:,} updates of {stage.pictures_per_step:,}: {stage.flops:.2e} FLOP"
+            + ("" if stage.seconds is None else f", {duration(stage.seconds)}")
         )
+    seconds = [stage.seconds for stage in plan.stages.values() if stage.seconds is not None]
+    if seconds:
+        lines.append(f"all stages   {duration(sum(seconds))}")
     lines.append(f"an update    {_si(plan.flops_per_step)}FLOP, {plan.tokens_per_step:,} tokens")
+    row = plan.rows[0]
+    if row.device == "cpu" and row.speed is not None:
+        lines[-1] += f", {row.speed.step:.2f} s ({row.speed.tokens_per_second:,.0f} tokens/s)"
+        return [*lines, f"memory       {row.memory.total / GIGA:.1f} GB"]
     lines.append(
         f"compression  PowerSGD at rank {plan.compression_rank} over a machine of 8 sends "
         f"{plan.compression_ratio:.1%} of the layers' gradients"
@@ -80,8 +92,9 @@ def _cells(row: Row) -> list[str]:
         return [*cells[:-2], "none", cells[-1], *["-"] * 8]
     seconds = (speed.computing, speed.inside, speed.between, speed.between_compressed)
     cells += [f"{second:.2f}" for second in seconds]
-    cells += [f"{speed.tokens_per_second:,.0f}", f"{speed.days:,.1f}", f"{speed.days_compressed:,.1f}"]
-    return [*cells, f"{speed.device_hours:,.0f}"]
+    cells.append(f"{speed.tokens_per_second:,.0f}")
+    cells += [duration(86400 * days) for days in (speed.days, speed.days_compressed)]
+    return [*cells, f"{speed.device_hours:,.0f}" if speed.device_hours >= 10 else f"{speed.device_hours:.1f}"]
 
 
 def _si(number: float) -> str:

@@ -1,14 +1,17 @@
 """The recipe of a whole training run: what a preset sets, stage by stage (Ramesh et al. 2021, App. A.2 and B.2)."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from dalle.attention import LayerKind
 from dalle.clip import CLIPConfig
-from dalle.config import Config
+from dalle.config import Config, differences, load_preset, override, validate
 from dalle.dvae import DVAEConfig
-from dalle.generation.options import GenerationOptions
+from dalle.files import read_json
+from dalle.generation.request import ModelDefaults
 from dalle.tokenizer import TokenizerConfig
 from dalle.transformer import TransformerConfig
 
@@ -41,6 +44,8 @@ class DistributedConfig(Config):
 
 
 IN_ONE_PIECE = DistributedConfig(shard_size=None)
+STAGE_SETTINGS = ("dvae_training", "transformer_training", "clip_training")
+RELAXATION = ("kl_weight", "kl_steps", "final_temperature", "temperature_steps")  # of the quantizer gumbel
 
 
 class Optimization(Config):
@@ -74,13 +79,28 @@ class Optimization(Config):
 
 
 class DVAETraining(Optimization):
-    """Stage 1 (App. A.2): the schedules of the relaxation; FSQ has neither temperature nor KL and ignores them."""
+    """Stage 1 (App. A.2): the schedules of the relaxation belong to the quantizer gumbel; FSQ has none."""
 
     crop: Literal["paper", "center"]  # Listing 1, or the whole picture
     kl_weight: float = Field(0.0, ge=0)  # beta, paper 6.6
     kl_steps: int = Field(1, ge=1)  # 0 -> beta, paper 5,000
     final_temperature: float = Field(0.0625, gt=0)  # tau, from 1; paper 1/16
     temperature_steps: int = Field(1, ge=1)  # paper 150,000
+    # Weight of the distance in `dalle.training.perceptual`: so that tokens carry meaning; paper: none
+    feature_weight: float = Field(0.0, ge=0)
+
+
+class DecoderTraining(Optimization):
+    """Stage "decoder": the dVAE's encoder and codes stay, a decoder of the sizes in [dvae] is trained for them."""
+
+    crop: Literal["shift", "center"]  # the whole picture, moved by up to 1/16 of its side; or always as it is
+    feature_weight: float = Field(
+        0.0, ge=0
+    )  # of the distance in `dalle.training.perceptual`, beside L1 + MSE
+    token_noise: float = Field(0.0, ge=0, lt=1)  # share of tokens that become those of another picture
+    # The critic's share of the gradient (`dalle.training.critic`), and the update from which the decoder listens to it
+    adversarial_share: float = Field(0.0, ge=0)
+    adversarial_start: int = Field(0, ge=0)
 
 
 class TransformerTraining(Optimization):
@@ -139,7 +159,7 @@ class TransformerShape(Config):
 
 
 class Balance(Config):
-    """At most `cap` pictures an epoch that agree in all `fields`, drawn anew each epoch."""
+    """At most `cap` pictures an epoch that agree in all `fields`, drawn anew each epoch; all that have none of them."""
 
     fields: tuple[str, ...]
     cap: int = Field(ge=1)
@@ -156,25 +176,102 @@ class Recipe(Config):
     transformer_training: TransformerTraining
     clip: CLIPShape | None = None  # with clip_training: a third stage, which ranks what is drawn
     clip_training: CLIPTraining | None = None
+    # After the dVAE, which is then trained with a decoder that mirrors its encoder: another one, of the sizes in `dvae`
+    decoder_training: DecoderTraining | None = None
     balance: Balance | None = None
     distributed: DistributedConfig = IN_ONE_PIECE  # a resume may have another
-    sampling: GenerationOptions = (
-        GenerationOptions()
-    )  # how the finished model draws when nothing else is asked
+    sampling: ModelDefaults = ModelDefaults()  # how the finished model draws when nothing else is asked
     weights: Literal["float32", "bfloat16"] = "float32"  # how the finished model is stored
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to go on."""
         return self.model_dump(mode="json", exclude={"distributed"})
 
+    @property
+    def trainings(self) -> dict[str, Optimization]:
+        """How each stage with an optimizer is trained, in their order."""
+        found = {
+            "dvae": self.dvae_training,
+            "decoder": self.decoder_training,
+            "transformer": self.transformer_training,
+            "clip": self.clip_training,
+        }
+        return {name: training for name, training in found.items() if training is not None}
+
     @model_validator(mode="after")
     def _lengths_agree(self) -> Self:
         if (self.clip is None) != (self.clip_training is None):
             raise ValueError("clip and clip_training belong together: give both or neither")
-        for training in (self.dvae_training, self.transformer_training, self.clip_training):
-            if training is not None and training.warmup_steps >= training.steps:
+        if self.decoder_training is None and self.dvae.output_size != self.dvae.image_size:
+            raise ValueError(
+                f"dvae.output_size {self.dvae.output_size} is not image_size {self.dvae.image_size}: a decoder that draws "
+                "more than the encoder reads needs the settings decoder_training"
+            )
+        if self.decoder_training is not None and self.dvae.trunk == "paper":
+            raise ValueError(
+                "decoder_training belongs to trunk light; the paper's dVAE is trained in one phase"
+            )
+        for training in self.trainings.values():
+            if training.warmup_steps >= training.steps:
                 raise ValueError(f"warmup_steps {training.warmup_steps} must be below steps {training.steps}")
         return self
+
+    @model_validator(mode="after")
+    def _relaxation_is_of_gumbel(self) -> Self:
+        if self.dvae.quantizer == "fsq":
+            for name in RELAXATION:
+                value = getattr(self.dvae_training, name)
+                if value != DVAETraining.model_fields[name].default:
+                    raise ValueError(
+                        f"dvae_training.{name} is {value}, but quantizer fsq has neither temperature nor KL: leave it out"
+                    )
+        return self
+
+
+def load_recipe(preset: str, settings: Sequence[str]) -> Recipe:
+    """The recipe of a preset (a name or the path of a .toml file) with `a.b=c` settings; ValueError, one line, if bad.
+
+    A stage whose `steps` are set keeps its share of warm-up, at least one update, unless `warmup_steps` is set too.
+    """
+    plain = load_preset(preset)
+    tree = override(plain, settings)
+    given = {setting.partition("=")[0].strip() for setting in settings}
+    for stage in STAGE_SETTINGS:
+        before, training = plain.get(stage), tree.get(stage)
+        if f"{stage}.warmup_steps" in given or not isinstance(before, dict) or not isinstance(training, dict):
+            continue
+        steps, planned, warmup = training.get("steps"), before.get("steps"), before.get("warmup_steps")
+        if isinstance(steps, int) and steps > 0 and planned and warmup and steps != planned:
+            training["warmup_steps"] = min(max(1, round(warmup * steps / planned)), steps - 1)
+    return validate(Recipe, tree, preset)
+
+
+DECODER_SIZES = ("output_size", "decoder_widths", "decoder_blocks")  # of [dvae]: what stage decoder makes
+
+
+def with_given(recipe: Recipe, folder: Path) -> tuple[Recipe, list[str]]:
+    """The recipe with the sizes of the components in `folder`, and what that changes: "transformer.n_layers: 2 -> 6".
+
+    A run records what it uses, not what its settings asked for. Where stage decoder has settings, the sizes of the
+    decoder stay the recipe's.
+    """
+    tree = recipe.model_dump()
+    for name in ("tokenizer", "dvae", "transformer", "clip"):
+        path = folder / name / "config.json"
+        config = read_json(path) if path.is_file() else None
+        if tree[name] is not None and isinstance(config, dict):
+            kept: tuple[str, ...] = ()
+            if name == "dvae" and config.get("trunk") != "light":
+                tree["decoder_training"] = None  # its decoder is its encoder's mirror
+            elif name == "dvae" and recipe.decoder_training is not None:
+                kept = DECODER_SIZES
+            tree[name] |= {
+                key: value for key, value in config.items() if key in tree[name] and key not in kept
+            }
+    if tree["dvae"]["quantizer"] == "fsq":
+        tree["dvae_training"] |= {key: DVAETraining.model_fields[key].default for key in RELAXATION}
+    found = validate(Recipe, tree, str(folder))
+    return found, differences(recipe.model_dump(mode="json"), found.model_dump(mode="json"))
 
 
 def transformer_config(

@@ -1,18 +1,21 @@
 """One call of `train`: what its stages share, and what it remembers of those that are done."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from dalle import weights
+from dalle import files, manifest
 from dalle.config import differences
 from dalle.data.pairs import PairSet
 from dalle.data.reading import BadSampleLog
 from dalle.data.source import Source
 from dalle.training.processes import ALONE, World
 from dalle.training.recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Run:
     def records(self) -> dict[str, dict[str, Any]]:
         """What run/stages.json says of each finished stage: its inputs and the hash of its result."""
         path = self.folder / "stages.json"
-        return dict(weights.read_json(path)) if path.exists() else {}
+        return dict(files.read_json(path)) if path.exists() else {}
 
     def exists(self, stage: str) -> bool:
         """Whether a stage's component is there, or is given."""
@@ -56,7 +59,7 @@ class Run:
         record = self.records().get(stage)
         if record is None:
             # The folder is no finished model from now on; its new parts would not be those of the old manifest.
-            for name in (weights.MANIFEST, "model_index.json"):
+            for name in (manifest.MANIFEST, "model_index.json"):
                 (self.out / name).unlink(missing_ok=True)
             return False
         changed = differences(record["inputs"], inputs)
@@ -64,6 +67,7 @@ class Run:
             self._refuse_stale(
                 stage, changed or [f"the files in {self.out / stage} are not what the stage wrote"]
             )
+        logger.info("%s: finished before, kept", stage)
         return True
 
     def begin(self, stage: str, inputs: dict[str, Any]) -> None:
@@ -71,8 +75,8 @@ class Run:
         begun = self.folder / "checkpoints" / stage / "inputs.json"
         with self.world.main_first():
             if not begun.exists():
-                weights.write_json(begun, inputs)
-        changed = differences(weights.read_json(begun), inputs)
+                files.write_json(begun, inputs)
+        changed = differences(files.read_json(begun), inputs)
         if changed:
             self._refuse_stale(stage, changed)
 
@@ -86,4 +90,4 @@ class Run:
         """Note that `stage` is done: what it was made from, and the hash of what came out."""
         records = self.records()
         records[stage] = {"inputs": inputs, "result": result}
-        weights.write_json(self.folder / "stages.json", records)
+        files.write_json(self.folder / "stages.json", records)

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from dalle import weights
+from dalle import files, manifest, weights
 from dalle.training import checkpoint
 from dalle.training.adamw16 import local_part
 from dalle.training.checkpoint import FILES
@@ -69,7 +69,7 @@ class Checkpoints:
             self._load_whole(found.folder)
         else:
             self._load_sharded(found.folder)
-        state = weights.read_json(found.folder / STATE)
+        state = files.read_json(found.folder / STATE)
         if not isinstance(state, dict) or state.get("step") != found.step:
             raise ValueError(f"{found.folder / STATE}: not the state of step {found.step}")
         return state
@@ -109,14 +109,14 @@ class Checkpoints:
             written.result()
         world, group = self.layout.world, self._group
         own = sorted(folder.glob(f"shard-{world.rank + 1:05d}-*"))
-        sums = {path.name: weights.manifest_entry(path) for path in own}  # each process reads its own again
-        gathered: list[dict[str, weights.ManifestEntry]] = [{}] * world.size
+        sums = {path.name: manifest.manifest_entry(path) for path in own}  # each process reads its own again
+        gathered: list[dict[str, manifest.ManifestEntry]] = [{}] * world.size
         dist.all_gather_object(gathered, sums, group=group)
         if world.is_main:
-            weights.write_json(folder / STATE, {"step": step, **state})
+            files.write_json(folder / STATE, {"step": step, **state})
             entries = {name: entry for part in gathered for name, entry in part.items()}
-            weights.write_manifest(folder, (STATE,), entries)
-            weights.publish_folder(folder, self.root / f"step-{step}")
+            manifest.write_manifest(folder, (STATE,), entries)
+            files.publish_folder(folder, self.root / f"step-{step}")
             checkpoint.drop_old(self.root)
         dist.barrier(group=group)
 

@@ -7,20 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dalle import weights
+from dalle import files, weights
 from dalle.clip import CLIP
+from dalle.config import Config, validate
 from dalle.data.tokens import Crop, TokenStore, encode_part
-from dalle.dvae import DiscreteVAE
+from dalle.dvae import DiscreteVAE, DVAEConfig
 from dalle.generation.rerank import Ranker
 from dalle.model_folder import check_fit
 from dalle.tokenizer import Tokenizer
 from dalle.training.clip import CLIPStage
+from dalle.training.decoder import DecoderStage
 from dalle.training.dvae import DVAEStage
-from dalle.training.log import LINE_SECONDS
+from dalle.training.log import LINE_SECONDS, duration
 from dalle.training.loop import Stage, train_stage
-from dalle.training.recipe import clip_config, transformer_config
+from dalle.training.recipe import DistributedConfig, clip_config, transformer_config
 from dalle.training.run import Run
 from dalle.training.transformer import Sequences, TransformerStage
 from dalle.transformer import Transformer
@@ -33,16 +35,17 @@ def tokenizer_stage(run: Run) -> Tokenizer:
     inputs = {"settings": run.recipe.tokenizer.model_dump(mode="json"), "data": run.pairs.fingerprint}
     given = run.given("tokenizer")
     if given:
-        inputs = {"given": weights.file_sha256(given / "tokenizer.json")}
+        inputs = {"given": files.file_sha256(given / "tokenizer.json")}
     with run.world.main_first():
         if not run.finished("tokenizer", inputs, _file_hash(folder / "tokenizer.json")):
             if given:
                 Tokenizer.from_pretrained(given)  # refuses a damaged one
+                logger.info("tokenizer: reused from %s; [tokenizer] has no effect", given)
                 _copy(given, folder, "tokenizer.json")
             else:
                 captions = [caption for pair in run.train for caption in pair.captions]
                 Tokenizer.train(captions, run.recipe.tokenizer).save_pretrained(folder)
-            run.record("tokenizer", inputs, weights.file_sha256(folder / "tokenizer.json"))
+            run.record("tokenizer", inputs, files.file_sha256(folder / "tokenizer.json"))
     return Tokenizer.from_pretrained(folder)
 
 
@@ -58,24 +61,31 @@ def refuse_misfit(run: Run, tokenizer: Tokenizer) -> None:
     )
 
 
+def tokens_folder(run: Run) -> Path:
+    """Where stage dvae writes: where a decoder follows, what it makes is no part of the model yet."""
+    return run.out / "dvae" if run.recipe.decoder_training is None else run.folder / "dvae"
+
+
 def dvae_stage(run: Run) -> DiscreteVAE:
-    recipe, folder = run.recipe, run.out / "dvae"
+    recipe, folder = run.recipe, tokens_folder(run)
     given = run.given("dvae")
+    config = recipe.dvae if recipe.decoder_training is None else recipe.dvae.mirrored()
     inputs: dict[str, Any] = {
-        "model": recipe.dvae.model_dump(mode="json"),
+        "model": config.model_dump(mode="json"),
         "training": recipe.dvae_training.model_dump(mode="json"),
         "data": run.pairs.fingerprint,
     }
     if given:
-        inputs = {"given": weights.file_sha256(given / "model.safetensors")}
+        inputs = {"given": files.file_sha256(given / "model.safetensors")}
         with run.world.main_first():
             if not run.finished("dvae", inputs, _file_hash(folder / "model.safetensors")):
                 DiscreteVAE.from_pretrained(given)  # refuses a damaged one
+                logger.info("dvae: reused from %s, not trained; [dvae_training] has no effect", given)
                 _copy(given, folder, "model.safetensors")
-                run.record("dvae", inputs, weights.file_sha256(folder / "model.safetensors"))
+                run.record("dvae", inputs, files.file_sha256(folder / "model.safetensors"))
     elif not run.finished("dvae", inputs, _file_hash(folder / "model.safetensors")):
         torch.manual_seed(recipe.seed)  # the models draw their first weights from the global generator
-        model = DiscreteVAE(recipe.dvae).to(run.device)
+        model = DiscreteVAE(config).to(run.device)
         stage = DVAEStage(
             model,
             recipe.dvae_training,
@@ -86,8 +96,76 @@ def dvae_stage(run: Run) -> DiscreteVAE:
             balance=recipe.balance,
             world=run.world,
         )
-        _save(run, "dvae", model, _run_stage(run, stage, inputs), inputs)
+        state = _run_stage(run, stage, inputs)
+        _save(run, "dvae", config, lambda: _stored(run, state), inputs, folder)
     return DiscreteVAE.from_pretrained(folder).to(run.device).eval()
+
+
+def decoder_stage(run: Run, stages: tuple[str, ...]) -> DiscreteVAE:
+    """Train the decoder that the recipe's [dvae] describes for the tokens of stage dvae, or take over a given one.
+
+    A given dVAE is taken over whole, unless its decoder has other sizes or `stages` names the decoder without the dvae.
+    """
+    recipe, source, folder = run.recipe, tokens_folder(run), run.out / "dvae"
+    assert recipe.decoder_training is not None
+    config = validate(DVAEConfig, files.read_json(source / "config.json"), str(source / "config.json"))
+    tensors = weights.load_tensors(source / "model.safetensors")
+    is_trained = run.given("dvae") is None or "decoder" in stages
+    if "decoder" in run.records():
+        is_trained = "given" not in run.records()["decoder"]["inputs"]
+    elif is_trained and run.given("dvae") is not None and "dvae" in stages:
+        is_trained = config.trunk == "light" and not config.draws_as(recipe.dvae)
+    inputs: dict[str, Any] = {"given": files.file_sha256(source / "model.safetensors")}
+    if is_trained:
+        wanted = drawing_as(config, recipe.dvae)
+        encoder = {name: tensor for name, tensor in tensors.items() if name.startswith("encoder.")}
+        inputs = {
+            "model": wanted.model_dump(mode="json"),
+            "training": recipe.decoder_training.model_dump(mode="json"),
+            "encoder": weights.tensors_sha256(encoder),
+            "data": run.pairs.fingerprint,
+        }
+    if not run.finished("decoder", inputs, _file_hash(folder / "model.safetensors")):
+        if is_trained:
+            _train_decoder(run, wanted, encoder, inputs)
+        else:
+            _keep(run, "decoder", source, folder)
+    return DiscreteVAE.from_pretrained(folder).to(run.device).eval()
+
+
+def _train_decoder(run: Run, wanted: DVAEConfig, encoder: dict[str, Tensor], inputs: dict[str, Any]) -> None:
+    recipe, folder = run.recipe, run.out / "dvae"
+    assert recipe.decoder_training is not None
+    torch.manual_seed(recipe.seed)
+    model = DiscreteVAE(wanted).to(run.device)
+    own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("decoder.")}
+    weights.load_strict(model, own | encoder, "dvae")
+    stage = DecoderStage(
+        model,
+        recipe.decoder_training,
+        run.train,
+        run.held_out,
+        run.bad,
+        seed=recipe.seed,
+        balance=recipe.balance,
+        world=run.world,
+    )
+    # Several megabytes: each process can hold all of it, whatever the transformer needs.
+    whole = recipe.distributed.model_copy(update={"mode": "ddp", "shard_size": None})
+    state = _run_stage(run, stage, inputs, whole)
+    decoder = {name: tensor for name, tensor in state.items() if name.startswith("decoder.")}
+    # The encoder is stored as it was read, so that tokens stay the same bit for bit.
+    _save(run, "decoder", wanted, lambda: encoder | _stored(run, decoder), inputs, folder)
+
+
+def drawing_as(config: DVAEConfig, other: DVAEConfig) -> DVAEConfig:
+    """The encoder and codes of `config` with the decoder of `other`; ValueError when that does not fit."""
+    sizes = {
+        "output_size": other.output_size,
+        "decoder_widths": other.light_widths,
+        "decoder_blocks": other.light_blocks,
+    }
+    return validate(DVAEConfig, config.model_dump() | sizes, "the given dVAE with the decoder of [dvae]")
 
 
 def transformer_stage(run: Run, tokenizer: Tokenizer, dvae: DiscreteVAE) -> None:
@@ -97,17 +175,18 @@ def transformer_stage(run: Run, tokenizer: Tokenizer, dvae: DiscreteVAE) -> None
         "model": recipe.transformer.model_dump(mode="json"),
         "training": recipe.transformer_training.model_dump(mode="json"),
         "tokenizer": tokenizer.fingerprint,
-        "dvae": weights.file_sha256(run.out / "dvae" / "model.safetensors"),
+        "dvae": files.file_sha256(tokens_folder(run) / "model.safetensors"),
         "data": run.pairs.fingerprint,
     }
     if given:
-        inputs |= {"model": {}, "given": weights.file_sha256(given / "model.safetensors")}
+        inputs |= {"model": {}, "given": files.file_sha256(given / "model.safetensors")}
     if run.finished("transformer", inputs, _file_hash(folder / "model.safetensors")):
         return
     stores = _encode(run, dvae)
     torch.manual_seed(recipe.seed)
     if given:
         model = Transformer.from_pretrained(given)
+        logger.info("transformer: goes on from the weights in %s", given)
     else:
         config = transformer_config(recipe.transformer, dvae.config, tokenizer.n_vocab, tokenizer.max_tokens)
         model = Transformer(config)
@@ -129,28 +208,31 @@ def transformer_stage(run: Run, tokenizer: Tokenizer, dvae: DiscreteVAE) -> None
         logger.warning(
             "%d pictures have no caption that fits %d tokens: cut", stage.n_truncated, tokenizer.max_tokens
         )
-    _save(run, "transformer", model, _run_stage(run, stage, inputs), inputs)
+    state = _run_stage(run, stage, inputs)
+    _save(run, "transformer", model.config, lambda: _stored(run, state), inputs, folder)
 
 
 def clip_stage(run: Run, tokenizer: Tokenizer, dvae: DiscreteVAE | None) -> None:
     recipe, folder, given = run.recipe, run.out / "clip", run.given("clip")
     assert recipe.clip is not None and recipe.clip_training is not None  # the recipe's validator said so
-    seen = run.out / "dvae" / "model.safetensors" if recipe.clip_training.reconstructed else None
+    drawing = run.out / "dvae" if "decoder" in run.records() else tokens_folder(run)
+    seen = drawing / "model.safetensors" if recipe.clip_training.reconstructed else None
     inputs: dict[str, Any] = {
         "model": recipe.clip.model_dump(mode="json"),
         "training": recipe.clip_training.model_dump(mode="json"),
         "seed": recipe.seed,
         "tokenizer": tokenizer.fingerprint,
-        "dvae": weights.file_sha256(seen) if seen else None,
+        "dvae": files.file_sha256(seen) if seen else None,
         "data": run.pairs.fingerprint,
     }
     if given:
-        inputs |= {"model": {}, "given": weights.file_sha256(given / "model.safetensors")}
+        inputs |= {"model": {}, "given": files.file_sha256(given / "model.safetensors")}
     if run.finished("clip", inputs, _file_hash(folder / "model.safetensors")):
         return
     torch.manual_seed(recipe.seed)
     if given:
         model = CLIP.from_pretrained(given)
+        logger.info("clip: goes on from the weights in %s", given)
         if recipe.clip_training.image_size is not None:
             model = model.at_image_size(recipe.clip_training.image_size)
     else:
@@ -170,7 +252,8 @@ def clip_stage(run: Run, tokenizer: Tokenizer, dvae: DiscreteVAE | None) -> None
         balance=recipe.balance,
         world=run.world,
     )
-    _save(run, "clip", model, _run_stage(run, stage, inputs), inputs)
+    state = _run_stage(run, stage, inputs)
+    _save(run, "clip", model.config, lambda: _stored(run, state), inputs, folder)
 
 
 def _encode(run: Run, dvae: DiscreteVAE) -> list[TokenStore]:
@@ -208,8 +291,8 @@ def _encoding_lines(name: str) -> Callable[[int, int], None]:
         now = time.monotonic()
         if now - last >= LINE_SECONDS:
             last = now
-            left = int((now - began) / max(done - first, 1) * (total - done))
-            logger.info("%s: %d/%d pictures  ETA %d:%02d", name, done, total, left // 60, left % 60)
+            left = duration((now - began) / max(done - first, 1) * (total - done))
+            logger.info("%s: %d/%d pictures  ETA %s", name, done, total, left)
 
     return say
 
@@ -224,34 +307,61 @@ def sequences(stores: list[TokenStore], pairs: list[Any]) -> Sequences:
     return Sequences(kept, [store.tokens.take(rows) for store in stores])
 
 
-def _run_stage(run: Run, stage: Stage, inputs: dict[str, Any]) -> dict[str, Tensor]:
+def _run_stage(
+    run: Run, stage: Stage, inputs: dict[str, Any], distributed: DistributedConfig | None = None
+) -> dict[str, Tensor]:
     run.begin(stage.name, inputs)
-    return train_stage(stage, run.folder, run.dtype, run.quiet, run.world, run.recipe.distributed)
+    layout = distributed or run.recipe.distributed
+    return train_stage(stage, run.folder, run.dtype, run.quiet, run.world, layout)
 
 
-def _save(run: Run, stage: str, model: nn.Module, state: dict[str, Tensor], inputs: dict[str, Any]) -> None:
+def _save(
+    run: Run,
+    stage: str,
+    config: Config,
+    tensors: Callable[[], dict[str, Tensor]],
+    inputs: dict[str, Any],
+    folder: Path,
+) -> None:
+    """Write the component that a stage made; the main process alone has all of its tensors."""
     with run.world.main_first():
-        if run.world.is_main:  # it alone has the whole state
-            _write(run, stage, model, state, inputs)
+        if run.world.is_main:
+            folder.mkdir(exist_ok=True)
+            weights.save_component(folder, config, tensors())
+            run.record(stage, inputs, files.file_sha256(folder / "model.safetensors"))
 
 
-def _write(run: Run, stage: str, model: nn.Module, state: dict[str, Tensor], inputs: dict[str, Any]) -> None:
+def _stored(run: Run, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A stage's tensors in the dtype that the recipe stores."""
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[run.recipe.weights]
-    stored = {
+    return {
         name: tensor.detach().cpu().to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
         for name, tensor in state.items()
     }
-    folder = run.out / stage
-    folder.mkdir(exist_ok=True)
-    weights.save_component(folder, model.config, stored)  # type: ignore[arg-type]
-    run.record(stage, inputs, weights.file_sha256(folder / "model.safetensors"))
+
+
+def keep_given(run: Run) -> None:
+    """Take over the transformer and the CLIPs of --init-from byte for byte, where no stage has made others."""
+    for name in ("transformer", "clip", "judge"):
+        given = run.given(name)
+        if given is not None and name not in run.records():
+            _keep(run, name, given, run.out / name)
+
+
+def _keep(run: Run, stage: str, source: Path, folder: Path) -> None:
+    with run.world.main_first():
+        if run.world.is_main:
+            folder.mkdir(exist_ok=True)
+            _copy(source, folder, "model.safetensors")
+            found = files.file_sha256(folder / "model.safetensors")
+            run.record(stage, {"given": found}, found)
 
 
 def _copy(given: Path, folder: Path, file: str) -> None:
     """Reuse a component as it is, byte for byte: writing it anew could change its dtype or its hash."""
     for name in (file, "config.json"):
-        weights.write_bytes(folder / name, (given / name).read_bytes())
+        files.write_bytes(folder / name, (given / name).read_bytes())
 
 
 def _file_hash(path: Path) -> str | None:
-    return weights.file_sha256(path) if path.is_file() else None
+    return files.file_sha256(path) if path.is_file() else None

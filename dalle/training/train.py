@@ -1,4 +1,4 @@
-"""`dalle train`: tokenizer -> dVAE -> picture tokens -> transformer -> CLIP -> model folder, resumed by the same call.
+"""`dalle train`: tokenizer -> dVAE -> its decoder -> picture tokens -> transformer -> CLIP -> model folder; resumable.
 
 OUT/                 the model folder, complete when the last stage ends
 OUT/run/config.json  the recipe and what it was run on: a resume with anything else is refused
@@ -7,25 +7,38 @@ OUT/run/checkpoints/STAGE/inputs.json  what an unfinished stage is being made fr
 """
 
 import logging
+import shlex
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 
-from dalle import weights
+from dalle import files
 from dalle.config import differences
 from dalle.data.contents import MAX_DECODED, check_contents
 from dalle.data.reading import BadSampleLog
 from dalle.data.source import Source
-from dalle.model_folder import write_index, write_ranker_index
+from dalle.generation.precision import has_native_bfloat16
+from dalle.generation.request import ModelDefaults
+from dalle.model_folder import read_index, write_index, write_ranker_index
 from dalle.training.card import write_card
+from dalle.training.loop import DTYPES
+from dalle.training.order import epoch_line
 from dalle.training.processes import ALONE, World
-from dalle.training.recipe import Recipe
+from dalle.training.recipe import Recipe, with_given
 from dalle.training.run import Run
-from dalle.training.stages import clip_stage, dvae_stage, refuse_misfit, tokenizer_stage, transformer_stage
+from dalle.training.stages import (
+    clip_stage,
+    decoder_stage,
+    dvae_stage,
+    keep_given,
+    refuse_misfit,
+    tokenizer_stage,
+    transformer_stage,
+)
 
-STAGES = ("tokenizer", "dvae", "transformer", "clip")
+STAGES = ("tokenizer", "dvae", "decoder", "transformer", "clip")
 logger = logging.getLogger(__name__)
 
 
@@ -43,7 +56,9 @@ def train(
 ) -> Path:
     """Train all `stages` of `recipe` on the pairs in `data`; returns the model folder `out`.
 
-    With `init_from`, its tokenizer and dVAE are reused and its transformer is continued; what it lacks is trained.
+    With `init_from`, its tokenizer and dVAE are reused and its transformer is continued; what it lacks is trained. The
+    sizes of these parts take the place of the recipe's, which is said and recorded. Stage decoder without stage dvae
+    gives its dVAE another decoder; its transformer and CLIPs are kept where no stage trains them.
     All processes of `world` make the same call; `data` and `out` must be the same folders for all of them.
     Raises ValueError for bad data, a folder in use, or a resume that differs; `Stopped` after a signal.
     """
@@ -51,6 +66,10 @@ def train(
     if unknown:
         raise ValueError(f"stage {unknown[0]!r} is unknown: choose from {', '.join(STAGES)}")
     _refuse_unequal_parts(recipe, world)
+    if init_from is not None:
+        recipe, changed = with_given(recipe, init_from)
+        if changed:
+            logger.warning("settings that the given parts decide: %s", "; ".join(changed))
     (out / "run").mkdir(parents=True, exist_ok=True)
     lock = FileLock(out / "run" / "lock")
     with world.main_first():
@@ -63,7 +82,9 @@ def train(
             ) from None
     try:
         run = _prepare(Source.of(data), out, recipe, init_from, device, dtype, quiet, world)
-        _train(run, _with_settings(recipe, stages))
+        stages = _with_settings(recipe, stages)
+        _warn_of_emulation(recipe, stages, device, dtype)
+        _train(run, stages)
         return out
     finally:
         lock.release()
@@ -71,18 +92,38 @@ def train(
 
 def _refuse_unequal_parts(recipe: Recipe, world: World) -> None:
     """Every stage's micro-batch must fall into equal parts: said before the first stage begins."""
-    for training in (recipe.dvae_training, recipe.transformer_training, recipe.clip_training):
-        if training is not None:
-            world.part(training.batch_size)
+    for training in recipe.trainings.values():
+        world.part(training.batch_size)
+
+
+def _warn_of_emulation(
+    recipe: Recipe, stages: tuple[str, ...], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Say which stages compute in 16 bits on a device that only emulates it."""
+    if has_native_bfloat16(device):
+        return
+    for name, training in recipe.trainings.items():
+        is_16_bits = (
+            training.precision == "fp16_resblock" or DTYPES.get(training.precision, dtype) != torch.float32
+        )
+        if name in stages and is_16_bits:
+            logger.warning(
+                "%s: computes in 16 bits, which this %s emulates and float32 is many times faster: use --dtype float32 "
+                "and %s_training.precision=auto",
+                name,
+                device.type,
+                name,
+            )
 
 
 def _with_settings(recipe: Recipe, stages: tuple[str, ...]) -> tuple[str, ...]:
     """The stages that the recipe has settings for; ValueError when that is none of those asked for."""
-    if recipe.clip is not None:
-        return stages
-    kept = tuple(stage for stage in stages if stage != "clip")
+    needed = {"decoder": ("decoder_training",), "clip": ("clip", "clip_training")}
+    missing = {stage for stage, names in needed.items() if getattr(recipe, names[-1]) is None}
+    kept = tuple(stage for stage in stages if stage not in missing)
     if not kept:
-        raise ValueError("stage clip needs the settings clip and clip_training, which this preset has not")
+        names = " and ".join(needed[stages[0]])
+        raise ValueError(f"stage {stages[0]} needs the settings {names}, which this preset has not")
     return kept
 
 
@@ -90,7 +131,7 @@ def _train(run: Run, stages: tuple[str, ...]) -> None:
     """Run the stages in their order, each with what it needs of those before."""
     tokenizer, dvae = tokenizer_stage(run), None
     clip = run.recipe.clip_training if "clip" in stages else None
-    if {"dvae", "transformer"} & set(stages) or (clip is not None and clip.reconstructed > 0):
+    if {"dvae", "decoder", "transformer"} & set(stages) or (clip is not None and clip.reconstructed > 0):
         if "dvae" not in stages and not run.exists("dvae"):
             raise ValueError(
                 f"stage {stages[0]} needs a dVAE, and {run.out} has none: add dvae to --stages, or give --init-from"
@@ -98,6 +139,12 @@ def _train(run: Run, stages: tuple[str, ...]) -> None:
         if "transformer" in stages:
             refuse_misfit(run, tokenizer)
         dvae = dvae_stage(run)
+        if run.recipe.decoder_training is not None and (
+            "decoder" in stages or run.exists("decoder") or run.given("dvae") is not None
+        ):
+            dvae = decoder_stage(run, stages)
+    if "decoder" in stages and not {"transformer", "clip"} & set(stages):
+        keep_given(run)
     if "transformer" in stages and dvae is not None:
         transformer_stage(run, tokenizer, dvae)
     if clip is not None:
@@ -144,12 +191,13 @@ def _prepare(
     }
     with world.main_first():
         _refuse_other_settings(begun, config, out)
+    logger.info("%s: %s", data, epoch_line(learned, recipe.balance))
     return Run(out, recipe, data, pairs, learned, held_out, bad, device, dtype, init_from, quiet, world)
 
 
 def _refuse_other_settings(path: Path, config: dict[str, Any], out: Path) -> None:
     if path.exists():
-        changed = differences(weights.read_json(path), config)
+        changed = differences(files.read_json(path), config)
         if changed:
             raise ValueError(
                 f"{out} was begun with other settings or data ({'; '.join(changed)}): give the old ones to go on, or "
@@ -160,7 +208,7 @@ def _refuse_other_settings(path: Path, config: dict[str, Any], out: Path) -> Non
             f"{out} holds a model that was not trained there: choose another --out (--init-from {out} starts from it)"
         )
     else:
-        weights.write_json(path, config)
+        files.write_json(path, config)
 
 
 def _init_identity(init_from: Path | None, out: Path) -> dict[str, str]:
@@ -173,10 +221,10 @@ def _init_identity(init_from: Path | None, out: Path) -> dict[str, str]:
         raise ValueError(
             f"--init-from {init_from} is --out as well, and would be overwritten: choose another --out"
         )
-    files = {stage: "tokenizer.json" if stage == "tokenizer" else "model.safetensors" for stage in STAGES}
+    names = {stage: "tokenizer.json" if stage == "tokenizer" else "model.safetensors" for stage in STAGES}
     found = {
-        name: weights.file_sha256(init_from / name / file)
-        for name, file in files.items()
+        name: files.file_sha256(init_from / name / file)
+        for name, file in names.items()
         if (init_from / name / file).is_file()
     }
     if not found:
@@ -192,8 +240,22 @@ def _finish(run: Run) -> None:
     if not run.world.is_main:
         return
     done = run.records()
-    if "transformer" in done:
+    caption, out = shlex.quote(run.held_out[0].captions[0]), shlex.quote(str(run.out))
+    if "transformer" in done and run.recipe.decoder_training is not None and "decoder" not in done:
+        logger.info("%s: the model is complete once stage decoder has run", run.out)
+    elif "transformer" in done:
         write_card(run.out, run.recipe, run.data.name, run.pairs, run.init_from)
-        write_index(run.out, run.recipe.sampling)
+        write_index(run.out, _defaults(run))
+        logger.info("%s is a model now; next: dalle generate %s --model %s", run.out, caption, out)
     elif "clip" in done:
         write_ranker_index(run.out)
+        logger.info("%s is a ranker now; next: dalle rerank %s IMAGE... --ranker %s", run.out, caption, out)
+    else:
+        logger.info("%s has %s; next: the same command with --stages all", run.out, " and ".join(done))
+
+
+def _defaults(run: Run) -> ModelDefaults:
+    """How the finished model draws: by the recipe; a transformer that was kept as given, as it did."""
+    index = run.init_from / "model_index.json" if run.init_from else None
+    kept = set(run.records()["transformer"]["inputs"]) == {"given"}
+    return read_index(index) if kept and index is not None and index.is_file() else run.recipe.sampling

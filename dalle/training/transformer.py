@@ -17,7 +17,7 @@ from dalle.dvae import DiscreteVAE
 from dalle.evaluation.protocols import decode, first_captions, measure_losses
 from dalle.evaluation.sheets import pairs_sheet, spread
 from dalle.generation.engine import Engine
-from dalle.generation.options import GenerationOptions
+from dalle.generation.request import GenerationOptions
 from dalle.tokenizer import Tokenizer
 from dalle.training.order import Order, rng
 from dalle.training.processes import ALONE, World

@@ -35,7 +35,7 @@ from dalle.data.art.drawing import (
 )
 from dalle.data.art.names import TONES, EmojiNames
 from dalle.data.art.packages import Style, check_packages, fetch_packages, select_styles
-from dalle.data.art.splits import Item, admit_extra, assign_splits, nearest_rmse
+from dalle.data.art.splits import NEAR_RMSE, Item, admit_extra, assign_splits, nearest_rmse
 
 _THUMBNAIL = 16  # side of the pictures that are compared with each other
 _CHUNK = 64  # pictures a task of the pool
@@ -240,7 +240,7 @@ def _make_row(picture: _Drawn, style: Style, names: EmojiNames) -> _Row:
     item = Item(
         object_key(emoji.base_label, names.labels),
         style.name,
-        style.family,
+        style.family_of(drawing.name),
         drawing.name,
         has_tone=bool(emoji.tones),
     )
@@ -250,7 +250,7 @@ def _make_row(picture: _Drawn, style: Style, names: EmojiNames) -> _Row:
         "split": "train",
         "combo_hard": False,
         "style": style.name,
-        "family": style.family,
+        "family": item.family,
         "object": object_phrase(emoji),
         "okey": item.object_key,
         "codepoints": emoji.codepoints,
@@ -275,9 +275,10 @@ def _split_rows(rows: Sequence[_Row]) -> tuple[list[dict[str, object]], list[str
     nearest = iter(nearest_rmse(thumbnails[held_out], thumbnails[~held_out]))
     metadata = []
     for row, split in zip(default, splits, strict=True):
-        fields = row.fields | {"split": split.name, "combo_hard": split.is_hard}
+        fields = row.fields | {"split": split.name}
         if split.name != "train":
-            fields["nn_rmse"] = round(float(next(nearest)), 4)
+            distance = float(next(nearest))
+            fields |= {"nn_rmse": round(distance, 4), "combo_hard": split.is_hard_at(distance)}
         metadata.append(fields)
     objects = {
         row.item.object_key for row, split in zip(default, splits, strict=True) if split.name == "object"
@@ -327,9 +328,9 @@ def _write_card(folder: Path, styles: Sequence[Style], size: int, report: BuildR
         *[f"- {name}: {count}" for name, count in sorted(report.splits.items())],
         "",
         f"`combo` holds out an object in one style; in {report.n_hard_combos} of these pictures "
-        "(`combo_hard`) no other rendering of the same drawing is in train. `object` holds out objects in "
-        "every style, `tone` single skin tones. `nn_rmse` is the distance of a held-out picture to the "
-        "nearest in train, at 16 x 16 RGB in [0, 1].",
+        "(`combo_hard`) no other rendering of the same drawing is in train, and no picture nearer than "
+        f"{NEAR_RMSE}. `object` holds out objects in every style, `tone` single skin tones. `nn_rmse` is the "
+        "distance of a held-out picture to the nearest in train, RMSE at 16 x 16 RGB in [0, 1].",
         "",
         f"sha256 of the sorted training file names, one a line: `{report.train_sha256}`",
         "",

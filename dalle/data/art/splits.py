@@ -43,6 +43,10 @@ class Split:
     name: str
     is_hard: bool = False
 
+    def is_hard_at(self, distance: float) -> bool:
+        """Whether the picture still tests composition, `distance` (RMSE) from its nearest training picture."""
+        return self.is_hard and distance >= NEAR_RMSE
+
 
 def _rank(tag: str, *parts: str) -> bytes:
     return hashlib.sha256("\0".join((tag, *parts)).encode()).digest()

@@ -3,15 +3,17 @@
 import { h, newId } from "./dom.js";
 
 const STORE = "dalle.settings";
+// Ranges and hints are the server's, info.fields.
 const FIELDS = [
-  { name: "num_images", label: "Pictures", hint: "kept and shown", min: 1, step: 1, isWhole: true },
-  { name: "num_candidates", label: "Candidates", hint: "drawn to choose from", min: 1, step: 1, isWhole: true },
-  { name: "seed", label: "Seed", hint: "empty: a new one each time", min: 0, max: Number.MAX_SAFE_INTEGER, step: 1, isWhole: true },
-  { name: "temperature", label: "Temperature", hint: "lower is safer", min: 0, max: 100, step: "any" },
-  { name: "top_k", label: "Top-k", hint: "only the k likeliest tokens", min: 1, max: 65536, step: 1, isWhole: true },
-  { name: "top_p", label: "Top-p", hint: "only this share of probability", min: 0.01, max: 1, step: "any" },
-  { name: "guidance", label: "Guidance", hint: "how hard to follow the caption", min: 0, max: 100, step: "any" },
+  { name: "num_images", label: "Pictures", step: 1, isWhole: true },
+  { name: "num_candidates", label: "Candidates", step: 1, isWhole: true },
+  { name: "seed", label: "Seed", step: 1, isWhole: true },
+  { name: "temperature", label: "Temperature", step: "any" },
+  { name: "top_k", label: "Top-k", step: 1, isWhole: true },
+  { name: "top_p", label: "Top-p", step: "any" },
+  { name: "guidance", label: "Guidance", step: "any" },
 ];
+const LEAST = { top_p: 0.01 }; // 0 itself is not allowed
 
 /** The form. `info` is the server's /api/info. */
 export class Settings {
@@ -37,16 +39,17 @@ export class Settings {
     this.set(stored());
   }
 
-  #field({ name, label, hint, min, max, step }) {
+  #field({ name, label, step }) {
     const id = newId("setting");
-    const limit = { num_images: this.info.max_images, num_candidates: this.info.max_candidates }[name] ?? max;
+    const { help, low, high } = this.info.fields[name];
+    const limit = { num_images: this.info.max_images, num_candidates: this.info.max_candidates }[name] ?? Math.min(high, Number.MAX_SAFE_INTEGER);
     const ownDefault = this.info.defaults[name];
     const input = h("input", {
       id,
       type: "number",
       inputmode: step === 1 ? "numeric" : "decimal",
       name,
-      min,
+      min: LEAST[name] ?? low,
       max: limit,
       step,
       placeholder: { num_images: "4", num_candidates: "as many", seed: "new" }[name] ?? ownDefault ?? "off",
@@ -55,7 +58,7 @@ export class Settings {
       onchange: () => this.#changed(),
     });
     this.inputs[name] = input;
-    const text = name === "num_candidates" && !this.info.has_ranker ? "this model has no CLIP to choose with" : hint;
+    const text = name === "num_candidates" && !this.info.has_ranker ? "this model has no CLIP to choose with" : help;
     return h("div", { class: "field" }, h("label", { for: id, text: label }), input, h("small", { id: `${id}-hint`, text }));
   }
 
@@ -75,7 +78,7 @@ export class Settings {
   }
 
   #usualCandidates() {
-    return this.info.has_ranker ? Math.min(16, this.info.max_candidates) : null;
+    return this.info.has_ranker ? Math.min(this.info.defaults.candidates ?? 16, this.info.max_candidates) : null;
   }
 
   /** The fields of a /api/draw request, those left empty left out; null, with the field in focus, when one is not valid. */

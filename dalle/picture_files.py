@@ -1,4 +1,4 @@
-"""What picture files carry besides their pixels, where it decides how these are read: ICC profiles, and long texts.
+"""Picture files: which formats are read, and what they carry besides pixels that decides how: ICC profiles, long texts.
 
 Sources: PNG specification (third edition), §5.3 and §11.3 (chunks; iCCP, tEXt, zTXt, iTXt); ICC.1:2022.
 """
@@ -7,22 +7,61 @@ import functools
 import io
 import struct
 import zlib
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageCms
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # of pictures that strangers may send
+DATA_FORMATS = (*FORMATS, "TIFF", "AVIF", "HEIF")  # of one's own data; HEIF with pillow-heif
+MAX_PNG = 2**28  # bytes of a file that is read again without its texts
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 MAX_PROFILE = 16 * 2**20  # bytes of an ICC profile, decompressed
 UNSEEN_ERROR = 2  # of 255: a profile whose colours differ by no more is sRGB, rounded otherwise
 
 
-def without_texts(png: bytes) -> tuple[bytes, bytes | None] | None:
+@functools.cache
+def installed(formats: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of some formats that this Pillow reads: AVIF and HEIF are not in all of them."""
+    if "HEIF" in formats:
+        reads_heif()
+    Image.init()
+    return tuple(name for name in formats if name in Image.OPEN)
+
+
+@functools.cache
+def reads_heif() -> bool:
+    """Whether HEIC pictures can be read: pillow-heif is installed, and Pillow knows it from now on."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
+
+
+def png_without_texts(source: Path | str | bytes | BinaryIO) -> tuple[bytes, bytes | None] | None:
     """A PNG without its texts and its ICC profile, and that profile; None for what is no PNG.
 
     Pillow refuses a PNG whose texts or profile take more than a megabyte, as those of some drawing programs do.
     """
+    try:
+        if isinstance(source, (Path, str)):
+            is_large = Path(source).stat().st_size > MAX_PNG
+            data = b"" if is_large else Path(source).read_bytes()
+        elif isinstance(source, bytes):
+            data = source
+        else:
+            source.seek(0)
+            data = source.read()
+    except (OSError, ValueError):
+        return None
+    return _without_texts(data)
+
+
+def _without_texts(png: bytes) -> tuple[bytes, bytes | None] | None:
     if not png.startswith(PNG_SIGNATURE):
         return None
     kept, profile, at = [PNG_SIGNATURE], None, len(PNG_SIGNATURE)

@@ -1,0 +1,1 @@
+"""Other people's models in this package's idiom: one file a family."""
