@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from dalle import images
 from dalle.data.pairs import read_pairs
-from dalle.evaluation.protocols import PictureReader, style_of
+from dalle.evaluation.galleries import style_of
+from dalle.evaluation.pictures import PictureReader
 from dalle.generation.rerank import Ranker
 from dalle.model_folder import model_folder
 from dalle.training.order import Order, rng

@@ -35,7 +35,7 @@ from dalle.generation.precision import default_dtype
 from dalle.training.dvae import VALIDATION_BATCH, DVAEStage
 from dalle.training.loop import train_stage
 from dalle.training.memory import keep_freed_memory
-from dalle.training.recipe import Recipe
+from dalle.training.recipe import RELAXATION, Recipe
 
 TEMPERATURE_SHARE = 1 / 2  # of the run
 FINAL_TEMPERATURE, FINAL_BETA = 1 / 16, 6.6  # App. A.2
@@ -64,7 +64,10 @@ def paper_recipe(steps: int, batch_size: int, changed: Sequence[str] = ()) -> Re
         "dvae_training.temperature_steps": temperature_steps,
     }
     settings = [f"{name}={value}" for name, value in changes.items()]
-    return validate(Recipe, override(load_preset("laptop"), [*settings, *changed]), "laptop")
+    tree = override(load_preset("laptop"), [*settings, *changed])
+    if tree["dvae"]["quantizer"] == "fsq":  # it has neither temperature nor KL
+        tree["dvae_training"] = {k: v for k, v in tree["dvae_training"].items() if k not in RELAXATION}
+    return validate(Recipe, tree, "laptop")
 
 
 class PaperStage(DVAEStage):

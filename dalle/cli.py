@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from dalle.commands import data, draw, learn, rank
+from dalle.commands import data, draw, evaluate, learn, rank
 
 app = typer.Typer(
     name="dalle",
@@ -20,7 +20,7 @@ app.add_typer(data_app, name="data")
 app.command()(draw.generate)
 app.command()(learn.train)
 app.command()(learn.encode)
-app.command()(rank.evaluate)
+app.command()(evaluate.evaluate)
 app.command()(draw.rerun)
 app.command()(draw.serve)
 app.command()(rank.rerank)
@@ -30,6 +30,7 @@ app.command(name="import")(learn.import_checkpoint)
 data_app.command()(data.inspect)
 data_app.command(name="filter")(data.filter_data)
 data_app.command()(data.emoji)
+data_app.command()(data.scenes)
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dalle.config import Config
+from dalle.config import Config, validate
 from dalle.weights import load_module, save_component
 
 DOWNSAMPLING = 8  # image side / grid side; three 2x poolings (§2.1)
@@ -143,6 +143,15 @@ class DVAEConfig(Config):
             (config.output_size, config.light_widths, config.light_blocks) for config in (self, other)
         )
         return own == others
+
+    def drawing_as(self, other: Self) -> Self:
+        """The same encoder and codes with the decoder of `other`; ValueError when that does not fit."""
+        sizes = {
+            "output_size": other.output_size,
+            "decoder_widths": other.light_widths,
+            "decoder_blocks": other.light_blocks,
+        }
+        return validate(type(self), self.model_dump() | sizes, "the given dVAE with the decoder of [dvae]")
 
     def mirrored(self) -> Self:
         """The same encoder and codes with the decoder that mirrors it: what the codes are learned with."""
@@ -472,10 +481,33 @@ class DiscreteVAE(nn.Module):
             return self.encoder.fsq.tokens(self.encoder.fsq.quantize(latents))
         return latents.argmax(dim=1)  # (B, G, G)
 
+    @property
+    def image_size(self) -> int:
+        """Side of the pictures that are read, in pixels."""
+        return self.config.image_size
+
+    @property
+    def output_size(self) -> int:
+        """Side of the pictures that are drawn, in pixels, S."""
+        return self.config.output_size
+
+    @property
+    def grid_size(self) -> int:
+        """Tokens a side, G."""
+        return self.config.grid_size
+
+    @property
+    def n_codes(self) -> int:
+        """Size of the codebook, K."""
+        return self.config.n_codes
+
     def decode(self, tokens: Tensor) -> Tensor:
-        """Images (B, 3, S, S) in [0, 1] of tokens (B, G, G) in [0, K); ValueError for others."""
+        """Images (B, 3, S, S) in [0, 1] of tokens (B, G, G) in [0, K), or the top of them of the first grid rows.
+
+        Raises ValueError for other tokens.
+        """
         grid, n_codes = self.config.grid_size, self.config.n_codes
-        if tokens.ndim != 3 or tokens.shape[1:] != (grid, grid):
+        if tokens.ndim != 3 or tokens.shape[2] != grid or not 1 <= tokens.shape[1] <= grid:
             shape = tuple(tokens.shape)
             raise ValueError(f"tokens have shape {shape}; this dVAE decodes (batch, {grid}, {grid})")
         tokens = tokens.long()

@@ -1,4 +1,4 @@
-"""The model folder: which components a model has, where it lies, and whether its parts belong together.
+"""The model folder: which components a model has, whether they belong together; load, save, and the Hub.
 
 The layout is the Hub's habit: a folder a component, model_index.json that lists them, manifest.json that is written
 last and checked at every load.
@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import importlib.resources
 import re
+import shutil
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from dalle import __version__
 from dalle.config import validate
 from dalle.dvae import DiscreteVAE
-from dalle.files import read_json, write_json
+from dalle.files import atomic_folder, file_sha256, read_json, write_bytes, write_json
 from dalle.generation.request import ModelDefaults
-from dalle.manifest import write_manifest
+from dalle.generation.rerank import Ranker
+from dalle.image_tokenizer import ImageTokenizer
+from dalle.manifest import MANIFEST, VerifiedFolder, write_manifest
+from dalle.token_model import TokenModel
 from dalle.tokenizer import Tokenizer
 from dalle.transformer import Transformer
 
@@ -25,12 +31,92 @@ HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 HUB_FILES = ["*.json", "README.md", "tokenizer/*", "dvae/*", "transformer/*", "clip/*", "judge/*"]
 
 
-def check_fit(tokenizer: Tokenizer, dvae: DiscreteVAE, transformer: Transformer) -> None:
-    """Raises ValueError when the components were not made for each other."""
+@dataclass(frozen=True)
+class Model:
+    """The components of a model, and the folder that they came from."""
+
+    tokenizer: Tokenizer
+    dvae: ImageTokenizer
+    transformer: TokenModel
+    defaults: ModelDefaults
+    ranker: Ranker | None = None
+    source: VerifiedFolder | None = None  # None: it was made here
+
+
+def load_model(folder: Path) -> Model:
+    """Load every component, each file of the folder hashed once; ValueError for what is missing, changed or misfit."""
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(
+            f"{folder} has no model_index.json: it is no model folder, or its training has not finished"
+        )
+    verified = VerifiedFolder(folder)
+    return Model(
+        defaults=read_index(folder / "model_index.json"),
+        tokenizer=Tokenizer.from_pretrained(verified.component("tokenizer")),
+        dvae=DiscreteVAE.from_pretrained(verified.component("dvae")),
+        transformer=Transformer.from_pretrained(verified.component("transformer")),
+        ranker=Ranker.from_pretrained(verified) if (folder / "clip").is_dir() else None,
+        source=verified,
+    )
+
+
+def save_model(model: Model, folder: Path) -> str:
+    """Write a model folder, weights as they are held, and return the sha256 of its manifest.
+
+    A new folder appears whole; an existing one counts as a model only once all is written.
+    """
+    if folder.is_dir() and any(folder.iterdir()):  # a run's folder: other files live beside the model
+        (folder / MANIFEST).unlink(missing_ok=True)
+        _write(model, folder)
+    else:
+        with atomic_folder(folder) as partial:
+            _write(model, partial)
+    return file_sha256(folder / MANIFEST)
+
+
+def model_sha256(model: Model) -> str:
+    """Return the sha256 of the manifest that saving would give."""
+    with tempfile.TemporaryDirectory() as folder:
+        _write(model, Path(folder))
+        return file_sha256(Path(folder) / MANIFEST)
+
+
+def push_model(model: Model, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+    """Upload a model folder to the Hugging Face Hub and return its address; ValueError where the Hub refuses."""
+    from huggingface_hub import HfApi  # a second to import, and only needed here
+
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        _write(model, Path(folder))
+        try:
+            url = api.create_repo(repo_id, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"dalle {__version__}")
+        except Exception as error:  # those of the client's HTTP library, which differs by version, too
+            raise ValueError(f"cannot push to {repo_id!r}: {one_line(error)}") from error
+    return str(url)
+
+
+def _write(model: Model, folder: Path) -> None:
+    model.tokenizer.save_pretrained(folder / "tokenizer")
+    model.dvae.save_pretrained(folder / "dvae")
+    model.transformer.save_pretrained(folder / "transformer")
+    if model.ranker is not None:
+        model.ranker.save_pretrained(folder)
+    source = None if model.source is None else model.source.path
+    if source is not None and source.resolve() != folder.resolve():
+        if (source / "judge").is_dir():
+            shutil.copytree(source / "judge", folder / "judge", dirs_exist_ok=True)
+        if (source / "README.md").is_file():
+            write_bytes(folder / "README.md", (source / "README.md").read_bytes())
+    write_index(folder, model.defaults)
+
+
+def check_fit(tokenizer: Tokenizer, dvae: ImageTokenizer, transformer: TokenModel) -> None:
+    """Raise ValueError when the components were not made for each other."""
     config = transformer.config
     pairs = [
-        ("the dVAE has", dvae.config.n_codes, "codes", config.n_image_vocab),
-        ("the dVAE's grid side is", dvae.config.grid_size, "tokens", config.grid_size),
+        ("the dVAE has", dvae.n_codes, "codes", config.n_image_vocab),
+        ("the dVAE's grid side is", dvae.grid_size, "tokens", config.grid_size),
         ("the tokenizer has", tokenizer.n_vocab, "vocabulary entries", config.n_text_vocab),
         ("the tokenizer pads captions to", tokenizer.max_tokens, "tokens", config.n_text_tokens),
     ]
@@ -42,7 +128,7 @@ def check_fit(tokenizer: Tokenizer, dvae: DiscreteVAE, transformer: Transformer)
 
 
 def write_index(folder: Path, defaults: ModelDefaults) -> None:
-    """Turns a folder that holds the components into a model folder: model_index.json, then the manifest."""
+    """Turn a folder that holds the components into a model folder: model_index.json, then the manifest."""
     index = {
         "_class_name": "DallePipeline",
         "_dalle_version": __version__,
@@ -55,31 +141,31 @@ def write_index(folder: Path, defaults: ModelDefaults) -> None:
 
 
 def write_ranker_index(folder: Path) -> None:
-    """Turns a folder with a CLIP and its tokenizer into one that can rank: model_index.json, then the manifest."""
+    """Turn a folder with a CLIP and its tokenizer into one that can rank: model_index.json, then the manifest."""
     index = {"_class_name": "CLIP", "_dalle_version": __version__, "components": {"clip": "CLIP"}}
     write_json(folder / "model_index.json", index)
     write_manifest(folder)
 
 
 def is_ranker(folder: Path) -> bool:
-    """Whether a folder holds a CLIP and no pipeline, as `write_ranker_index` leaves it."""
+    """Say whether a folder holds a CLIP and no pipeline, as `write_ranker_index` leaves it."""
     path = folder / "model_index.json"
     index = read_json(path) if path.is_file() else None
     return isinstance(index, dict) and index.get("_class_name") == "CLIP"
 
 
 def bundled_folder() -> Path:
-    """Where the model that ships in the package lies."""
+    """Return where the model that ships in the package lies."""
     return Path(str(importlib.resources.files("dalle") / "bundled"))
 
 
 def model_folder(
     source: str | Path | None, revision: str | None = None, cache_dir: str | Path | None = None
 ) -> Path:
-    """The local folder of a source (None: the bundled model), fetched from the Hub where it is not local.
+    """Return the local folder of a source (None: the bundled model), fetched from the Hub where it is not local.
 
     Raises:
-        ValueError: neither a folder nor to be had from the Hub.
+        ValueError: not found locally or on the Hub.
     """
     if source is None:
         folder = bundled_folder()
@@ -94,20 +180,18 @@ def model_folder(
         raise ValueError(
             f"{source} is not a folder: give a model folder or a Hugging Face Hub id such as owner/name"
         )
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # a second to import, and only needed here
 
     try:
         return Path(
             snapshot_download(source, revision=revision, cache_dir=cache_dir, allow_patterns=HUB_FILES)
         )
     except Exception as error:  # as in push_to_hub
-        raise ValueError(
-            f"{source} is neither a folder nor to be had from the Hub: {one_line(error)}"
-        ) from error
+        raise ValueError(f"{source} not found locally or on the Hub: {one_line(error)}") from error
 
 
 def read_index(path: Path) -> ModelDefaults:
-    """Checks model_index.json and gives the model's default settings."""
+    """Check model_index.json and return the model's default settings."""
     index = read_json(path)
     name = index.get("_class_name") if isinstance(index, dict) else None
     if name != "DallePipeline":
@@ -123,5 +207,5 @@ def read_index(path: Path) -> ModelDefaults:
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, on one line."""
+    """Return what an error says, on one line."""
     return " ".join(str(error).split())

@@ -19,7 +19,7 @@ import math
 from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 import pydantic
 import torch
@@ -35,6 +35,7 @@ from dalle.attention import (
     layer_kinds,
 )
 from dalle.config import Config
+from dalle.token_model import Losses
 
 TEXT_WEIGHT, IMAGE_WEIGHT = 1 / 8, 7 / 8  # section 2.2: "we are primarily interested in image modeling"
 INIT_SCALE = 0.5  # of the first weights, times 1 / sqrt(fan-in); Child et al.: 0.125
@@ -80,14 +81,6 @@ class TransformerConfig(Config):
         if self.conv_kernel < 1 or self.conv_kernel % 2 == 0:
             raise ValueError(f"conv_kernel is {self.conv_kernel}; it must be a positive odd number")
         return self
-
-
-class Losses(NamedTuple):
-    """Cross-entropies in nats per token, each averaged over all tokens of its kind: scalars."""
-
-    total: Tensor  # text / 8 + image * 7 / 8
-    text: Tensor
-    image: Tensor
 
 
 class StreamDropout(nn.Module):
@@ -275,6 +268,10 @@ class Transformer(nn.Module):
             x = layer.mlp(x)
             keys_values.append((keys, values))
         return x[:, -1], keys_values
+
+    def null_text(self) -> Tensor:
+        """Return the empty caption, which guidance moves away from, (T,) int64: the pad of every position."""
+        return self.config.n_text_vocab + torch.arange(self.config.n_text_tokens)
 
     def set_dropout(self, share: float) -> None:
         """Sets the share (0..1) of each resblock's output channels that training drops; 0 until set."""

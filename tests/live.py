@@ -5,7 +5,7 @@ import contextlib
 import http.client
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from dalle.generation.batch import Batch
+from dalle.generation.engine import RowCallback
 from dalle.generation.rerank import Ranker
 from dalle.pipeline import DallePipeline
 from dalle.serving.app import create_app
@@ -37,13 +38,10 @@ class GatedPipeline(DallePipeline):
         self.failing: set[str] = set()  # captions that no batch survives
         self.error: Exception = FloatingPointError("the transformer's logits are NaN")
         self.most_rows = 1000  # of a batch that memory holds
+        self._sample = self.sampler.sample
+        self.sampler.sample = self._gated  # type: ignore[method-assign]
 
-    def draw_batch(
-        self,
-        batch: Batch,
-        on_row_end: Callable[[int, Tensor], bool | None],
-        n_threads: int,
-    ) -> Tensor:
+    def _gated(self, batch: Batch, on_row_end: RowCallback, n_threads: int) -> Tensor:
         def held(row: int, tokens: Tensor) -> bool | None:
             if not self.gate.is_set():
                 self.at_gate.set()
@@ -55,7 +53,7 @@ class GatedPipeline(DallePipeline):
             raise self.error
         if sum(self.batches[-1]) > self.most_rows:
             raise MemoryError
-        return super().draw_batch(batch, held, n_threads)
+        return self._sample(batch, held, n_threads)
 
 
 def gated_pipe(with_ranker: bool = True, **dvae: Any) -> GatedPipeline:

@@ -584,8 +584,8 @@ def test_evaluate_prints_its_figures_and_writes_them(
     ended = run("evaluate", model, data, "--out", tmp_path, "--limit", 2, "--json")
     assert ended.code == 0
     found = json.loads(ended.out)
-    assert found == json.loads((tmp_path / "evaluation.json").read_text())
-    assert {"dvae", "transformer", "nearest_of_100"} <= found.keys()
+    assert found == json.loads((tmp_path / "report.json").read_text())
+    assert {"image_tokenizer", "transformer", "retrieval"} <= found.keys()
     assert (tmp_path / "draws.png").is_file() and (tmp_path / "reconstructions.png").is_file()
 
 
@@ -593,7 +593,7 @@ def test_evaluate_prints_its_figures_and_writes_them(
     ("arguments", "expected"),
     [
         (["--splits", "tset"], "split 'tset' is not in the data, which have train 12, validation 4"),
-        (["--limit", "0"], "limit is 0; it must be at least 1"),
+        (["--limit", "0"], "limit = 0: must be greater than or equal to 1"),
     ],
 )
 def test_a_wrong_option_of_evaluate_is_one_line(

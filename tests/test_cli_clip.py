@@ -90,7 +90,7 @@ def test_a_clip_alone_is_evaluated_on_held_out_pictures(folder: Path, tmp_path: 
     (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     options = ["--probe", "hue", "--out", tmp_path / "out", "--json"]
     shown = json.loads(run("evaluate", folder, data, *options).stdout)
-    assert shown == json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert shown == json.loads((tmp_path / "out" / "report.json").read_text())
     test = shown["clip"]["splits"]["test"]
     assert test["n_pictures"] == 8 and test["retrieval"]["picture_to_caption"]["recall_at_5"] > 0.5
     probe = shown["clip"]["probe"]

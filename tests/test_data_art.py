@@ -389,7 +389,7 @@ def test_a_package_of_another_version_is_named(node_modules: Path, tmp_path: Pat
 def test_missing_npm_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DALLE_CACHE", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ValueError, match="npm not found: the emoji pictures come from npm packages; install"):
+    with pytest.raises(ValueError, match="npm not found: pictures and fonts come from npm packages; install"):
         packages.fetch_packages(DEFAULT_STYLES)
 
 

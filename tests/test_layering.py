@@ -19,6 +19,7 @@ LAYERS = (
     ("generation",),
     ("data", "published"),
     ("dvae", "transformer", "clip"),
+    ("image_tokenizer", "token_model"),
     ("tokenizer", "clip_tokenizer", "attention", "images"),
     ("weights",),
     ("manifest",),  # below weights: a component is checked before it is read

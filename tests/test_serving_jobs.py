@@ -65,7 +65,7 @@ def submit(
     jobs: Jobs, pipe: DallePipeline, caption: str = "a dog", n: int = 1, **asked: Any
 ) -> tuple[Job, Recorder]:
     fields = {"num_images_per_prompt": n, "seed": 0} | asked
-    [request] = pipe.prepare(ImageRequest(caption, **fields), pipe.ranker)  # type: ignore[arg-type]
+    [request] = pipe.sampler.prepare(ImageRequest(caption, **fields), pipe.ranker)  # type: ignore[arg-type]
     recorder = Recorder()
     return jobs.submit(jobs.reserve(len(request.seeds)), request, recorder, keeps_candidates=True), recorder
 
@@ -137,7 +137,9 @@ class Queue(RuleBasedStateMachine):
     def queue(self, caption: str) -> None:
         reservation, recorder = self.held.pop(0), Recorder()
         n = reservation.n_slots
-        [request] = self.pipe.prepare(ImageRequest(caption, num_images_per_prompt=n), self.pipe.ranker)
+        [request] = self.pipe.sampler.prepare(
+            ImageRequest(caption, num_images_per_prompt=n), self.pipe.ranker
+        )
         job = self.jobs.submit(reservation, request, recorder)
         self.live[job.id] = job, recorder
         self.all.append((job, recorder))
@@ -296,11 +298,12 @@ def test_a_batch_goes_on_for_the_clients_that_are_left(jobs: Jobs, pipe: GatedPi
 
     staying.n_looked_at = leave_at_first_row  # type: ignore[method-assign]
     pipe.gate.set()
+    pictures = staying.settled().pictures
+    assert pipe.batches[1] == [2, 2]
     twin = pipe("a red apple", num_images_per_prompt=2)
-    assert [one.recipe["tokens_sha256"] for one in staying.settled().pictures] == [
+    assert [one.recipe["tokens_sha256"] for one in pictures] == [
         recipe["tokens_sha256"] for recipe in twin.recipes
     ]
-    assert pipe.batches[1] == [2, 2]
 
 
 def test_positions_are_told_as_they_change(jobs: Jobs, pipe: GatedPipeline) -> None:

@@ -152,6 +152,7 @@ def test_few_pictures_make_smaller_updates_and_one_alone_is_an_error(
     few = recipe(*settings, "clip_training.accumulation=64")
     out = run(data, tmp_path / "few", few)
     assert "updates of 48, not of 1024" in caplog.text  # 56 of 64 are to train on
+    assert "from 47 others at once" in caplog.text and "leaves it out" in caplog.text
     rows = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(row["loss"]) for row in rows if "loss" in row)
     with pytest.raises(ValueError, match="at least 2 are needed"):

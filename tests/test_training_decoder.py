@@ -126,7 +126,7 @@ def test_the_loss_falls_and_moves_the_decoder_alone(data: Path) -> None:
     before = {name: tensor.clone() for name, tensor in one.dvae.state_dict().items()}
     optimizer = torch.optim.Adam(one.model.parameters(), lr=3e-3)
     losses = []
-    for step in range(12):
+    for step in range(20):
         optimizer.zero_grad()
         loss, metrics = one.loss(one.batch(0), step, step)
         loss.backward()  # type: ignore[no-untyped-call]

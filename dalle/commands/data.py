@@ -1,4 +1,4 @@
-"""Commands of data sets: inspect, filter, emoji."""
+"""Commands of data sets: inspect, filter, emoji, scenes."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -96,5 +96,36 @@ def emoji(
     summary = build_emoji_set(out, size=size, extra=tuple(add or ()), progress=None if as_json else say)
     if as_json:
         print_json(asdict(summary))
+    else:
+        print(out)
+
+
+def scenes(
+    art: Annotated[Path, typer.Argument(help="The art set that `dalle data emoji` built.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    n: Annotated[int, typer.Option("--n", help="Number of scenes, of all splits.")] = 20_000,
+    seed: Annotated[int, typer.Option(help="Seed; the same one gives the same scenes.")] = 0,
+    size: Annotated[int, typer.Option(help="Picture side in pixels.")] = 128,
+    letters: Annotated[int, typer.Option(help="Longest word, in letters: 2 to 6.")] = 4,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only this kind: color, count, position, size, ground, word, top_bottom; repeatable."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compose scenes from the art set: colours, counts, positions, sizes, grounds, words, two styles."""
+    log_to_stderr(as_json)
+    from dalle.data.scenes import build_scenes
+    from dalle.data.scenes.scene import named_kinds
+
+    kinds = named_kinds(kind or ())
+    progress = None if as_json else say
+    report = build_scenes(
+        art, out, n=n, seed=seed, size=size, max_letters=letters, kinds=kinds, progress=progress
+    )
+    if as_json:
+        print_json(asdict(report))
     else:
         print(out)

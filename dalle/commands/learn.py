@@ -104,7 +104,7 @@ def encode(
         found.require_mostly_good(source.max_bad)
         with world.main_first():
             pairs = check_contents(found, out / "data.jsonl")
-        dvae = DallePipeline.from_pretrained(model).dvae.to(place)
+        dvae = DallePipeline.from_pretrained(model, device=place).dvae
         folder = encode_part(
             pairs,
             dvae,

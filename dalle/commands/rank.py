@@ -1,71 +1,13 @@
-"""Commands that look at pictures: evaluate, rerank, classify."""
+"""Commands that look at pictures: rerank, classify."""
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from dalle.commands.console import (
-    Device,
-    Json,
-    RankerFolder,
-    RowsBar,
-    device_named,
-    log_to_stderr,
-    print_json,
-)
+from dalle.commands.console import Json, RankerFolder, log_to_stderr, print_json
 
 DEFAULT_TEMPLATES = ("a {}", "a picture of a {}", "a drawing of a {}")  # of `classify`
-
-
-def evaluate(
-    model: Annotated[str, typer.Argument(help="Model folder, Hub id, or `bundled`.")],
-    data: Annotated[str, typer.Argument(help="Any data set that `dalle train` reads.")],
-    out: Annotated[Path, typer.Option(help="Folder for evaluation.json and the sheets.")] = Path(
-        "evaluation"
-    ),
-    splits: Annotated[
-        str | None, typer.Option(help="Comma list; all that are not train if left out.")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="At most this many pictures a split, spread evenly.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
-    probe: Annotated[
-        str, typer.Option(help="Field of the data that a linear probe on CLIP's vectors tells pictures by.")
-    ] = "group",
-    device: Device = None,
-    as_json: Json = False,
-) -> None:
-    """Measure a model, or a CLIP alone, on held-out pictures: figures to evaluation.json, sheets to PNG."""
-    log_to_stderr(as_json)
-    from dalle.data.pairs import read_pairs
-    from dalle.evaluation.report import evaluate as run
-    from dalle.evaluation.report import evaluate_ranker
-    from dalle.generation.rerank import Ranker
-    from dalle.model_folder import is_ranker, model_folder
-    from dalle.pipeline import DallePipeline
-
-    pairs = read_pairs(data)
-    pairs.require_mostly_good()
-    source = None if model == "bundled" else model
-    folder, place = model_folder(source), device_named(device)
-    chosen = tuple(part.strip() for part in splits.split(",")) if splits else None
-    with RowsBar("evaluating", as_json) as progress:
-        settings: dict[str, Any] = {"splits": chosen, "limit": limit, "probe": probe, "progress": progress}
-        if is_ranker(folder):
-            judge = Ranker.from_pretrained(folder)
-            judge.clip.to(place)
-            figures = evaluate_ranker(judge, pairs, out, **settings)
-        else:
-            pipe = DallePipeline.from_pretrained(source, device=place)
-            figures = run(pipe, pairs, out, seed=seed, **settings)
-    if as_json:
-        print_json(figures)
-    else:
-        print(json.dumps(figures, indent=2))
-        print(out)
 
 
 def rerank(

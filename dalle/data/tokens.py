@@ -25,6 +25,7 @@ from dalle.data.pair import Pair
 from dalle.data.pairs import PairSet
 from dalle.data.reading import MAX_BAD_FRACTION, BadSampleLog, read_chunks
 from dalle.dvae import DiscreteVAE
+from dalle.image_tokenizer import ImageTokenizer
 
 Crop = Literal["paper", "center", "near"]  # Listing 2; the whole central square; nearly the whole of it
 
@@ -96,7 +97,7 @@ class TokenStore:
 
 def encode_part(
     pairs: PairSet,
-    dvae: DiscreteVAE,
+    dvae: ImageTokenizer,
     folder: str | Path,
     *,
     crop: Crop,
@@ -119,8 +120,8 @@ def encode_part(
     """
     if seed < 0 or batch_size < 1:
         raise ValueError(f"seed is {seed}, batch_size {batch_size}; they have to be >= 0 and >= 1")
-    if dvae.config.n_codes > 2**16:
-        raise ValueError(f"the dVAE has {dvae.config.n_codes} codes; a token store holds at most {2**16}")
+    if dvae.n_codes > 2**16:
+        raise ValueError(f"the dVAE has {dvae.n_codes} codes; a token store holds at most {2**16}")
     bad_samples = _log_of_bad_samples(Path(folder), pairs, rank, n_processes, max_bad)
     if not len(pairs):
         raise ValueError("there are no pictures to encode: the set is empty")
@@ -144,7 +145,7 @@ def encode_part(
 def _encode_shard(
     pairs: PairSet,
     rows: range,
-    dvae: DiscreteVAE,
+    dvae: ImageTokenizer,
     store: Path,
     shard: int,
     crop: Crop,
@@ -157,7 +158,7 @@ def _encode_shard(
     progress = _read_progress(store, shard)
     if progress.n_done == len(rows):
         return
-    grid, row_bytes = dvae.config.grid_size, 2 * dvae.config.grid_size**2
+    grid, row_bytes = dvae.grid_size, 2 * dvae.grid_size**2
     if progress.n_done == 0:
         np.lib.format.open_memmap(_file(store, shard), mode="w+", dtype="<u2", shape=(len(rows), grid, grid))
     with _file(store, shard).open("r+b") as file:
@@ -170,7 +171,7 @@ def _encode_shard(
         left = pairs.pairs[rows.start + n_done : rows.stop]
 
         def prepare(pair: Pair, picture: Image) -> Image:
-            return _cropped(pair, picture, dvae.config.image_size, crop, seed)
+            return _cropped(pair, picture, dvae.image_size, crop, seed)
 
         for n_batch, batch in enumerate(read_chunks(left, batch_size, prepare), start=1):
             readable = [row for row, picture in enumerate(batch) if isinstance(picture, Image)]
@@ -189,11 +190,14 @@ def _encode_shard(
             say(n_done)
 
 
-def _settings(pairs: PairSet, dvae: DiscreteVAE, crop: Crop, seed: int) -> dict[str, object]:
+def _settings(pairs: PairSet, dvae: ImageTokenizer, crop: Crop, seed: int) -> dict[str, object]:
+    tensors, config = dvae.state_dict(), dvae.config
+    if isinstance(dvae, DiscreteVAE):  # another decoder reads the same tokens
+        tensors, config = dvae.encoder.state_dict(), dvae.config.mirrored()
     return {
         "format": FORMAT,
-        "encoder": weights.tensors_sha256(dvae.encoder.state_dict()),  # another decoder reads the same tokens
-        "dvae_config": dvae.config.mirrored().model_dump(mode="json"),
+        "encoder": weights.tensors_sha256(tensors),
+        "dvae_config": config.model_dump(mode="json"),
         "pairs": pairs.fingerprint,
         "crop": crop,
         "seed": seed,
@@ -211,7 +215,7 @@ def _log_of_bad_samples(
     return log
 
 
-def _encode(pictures: Sequence[Image], dvae: DiscreteVAE) -> NDArray[np.int64]:
+def _encode(pictures: Sequence[Image], dvae: ImageTokenizer) -> NDArray[np.int64]:
     parameter = next(dvae.parameters())
     with torch.inference_mode():
         x = images.to_tensor(pictures).to(parameter.device, parameter.dtype)  # (B, 3, H, W)

@@ -135,21 +135,8 @@ def rank_of_first(query: npt.NDArray[np.float32], candidates: npt.NDArray[np.flo
     return 1 + float((others < distance[0]).sum()) + float((others == distance[0]).sum()) / 2
 
 
-def retrieval(ranks: Sequence[float]) -> Figures:
-    """Recall at 1 and at 5 (0..1) with their standard errors, and the median rank; all None without ranks."""
-    n = len(ranks)
-    figures: Figures = {}
-    for k in (1, 5):
-        recall = sum(rank <= k for rank in ranks) / n if n else None
-        figures[f"recall_at_{k}"] = recall
-        error = None if recall is None else math.sqrt(recall * (1 - recall) / n)
-        figures[f"recall_at_{k}_standard_error"] = error
-    figures["median_rank"] = float(np.median(ranks)) if n else None
-    return figures
-
-
 def retrieval_by_chance(n_candidates: Sequence[int]) -> Figures:
-    """What `retrieval` expects of ranks drawn blindly, given how many candidates each row had."""
+    """Recalls and median rank of ranks drawn blindly, given how many candidates each row had; None without rows."""
     n = len(n_candidates)
     figures: Figures = {}
     for k in (1, 5):

@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dalle.data.pairs import PairSet
-from dalle.evaluation.protocols import N_DISTRACTORS, Advance, PictureReader, distractors, pools_of, style_of
+from dalle.evaluation.galleries import N_DISTRACTORS, OBJECT_FIELD, distractors, pools_of, style_of
+from dalle.evaluation.pictures import PictureReader
+from dalle.evaluation.protocols import Advance
 from dalle.evaluation.sheets import spread
 from dalle.evaluation.zero_shot import (
     accuracy,
@@ -27,7 +29,6 @@ from dalle.evaluation.zero_shot import (
 )
 from dalle.generation.rerank import Ranker
 
-OBJECT_FIELD = "okey"  # of the art set
 CAPTIONS_A_STYLE = 64  # that a style's class vector is the mean of
 PROBE_FIELD = (
     "group"  # what the linear probe tells pictures by where nothing else is asked for: the art set's

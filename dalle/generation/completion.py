@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from dalle.generation.request import Completion, ImageRequest, InvalidRequest
-from dalle.images import to_mask
+from dalle.images import center_crop, to_mask
 
 
 def complete(tokens: Tensor, region: Tensor, keep_rows: int | None) -> Completion:
@@ -55,6 +55,13 @@ def region_to_draw(request: ImageRequest, grid: int) -> Tensor | None:
             "keep_rows", f"keep_rows is {keep_rows}; the model draws {grid} rows: choose 1..{grid}"
         )
     return (torch.arange(grid) >= keep_rows)[:, None].expand(grid, grid)
+
+
+def square_on_white(image: Image.Image, side: int) -> Image.Image:
+    """Return the central square of a picture at (side, side), on white where it is clear."""
+    rgba = image.convert("RGBA")
+    opaque = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return center_crop(opaque, side)
 
 
 def redrawn_cells(mask: Image.Image, grid: int) -> npt.NDArray[np.bool_]:

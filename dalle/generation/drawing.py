@@ -19,6 +19,7 @@ from dalle.attention import RecordedImageCache
 from dalle.generation import triton_attention
 from dalle.generation.decoder import Decoder
 from dalle.generation.sampling import Chooser
+from dalle.token_model import TokenDecoder
 
 WARM_UP = 2  # passes before a CUDA graph is recorded, so that libraries have set themselves up
 
@@ -27,7 +28,7 @@ class Drawing:
     """Pictures side by side, drawn token by token into `tokens`, which is edited in place.
 
     Args:
-        decoder: of the transformer.
+        decoder: of the token model.
         text: (B, T) int64, the captions, and what guided pictures read in their place.
         n_pictures: of each caption.
         chooser: knows each picture's settings.
@@ -38,7 +39,7 @@ class Drawing:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: TokenDecoder,
         text: Tensor,
         n_pictures: Sequence[int],
         chooser: Chooser,
@@ -78,6 +79,7 @@ class RecordedDrawing(Drawing):
 
     def _prepare(self) -> None:
         decoder, tokens = self.decoder, self.tokens
+        assert isinstance(decoder, Decoder)
         self.stream.images = [RecordedImageCache.of(cache) for cache in self.stream.images]
         d_head = decoder.config.d_head
         if decoder.is_native and tokens.device.type == "cuda" and triton_attention.can_run(d_head):

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from dalle.attention import AttentionPlan, layer_kinds
-from dalle.generation.batch import ROWS_PER_BATCH
+from dalle.generation.batch import ROWS_PER_BATCH, Batch
 from dalle.generation.decoder import Decoder
 from dalle.generation.drawing import Drawing, RecordedDrawing
 from dalle.generation.fields import MAX_SEED
 from dalle.generation.request import GenerationOptions
 from dalle.generation.sampling import Chooser, uniforms
+from dalle.token_model import TokenDecoder, TokenModel
 from dalle.transformer import Transformer, TransformerConfig
 
 # Small models draw so many: 512 candidates of the bundled model take a fifth less time than by 64. benchmarks/decode.py
@@ -40,9 +41,11 @@ def cache_bytes(config: TransformerConfig, itemsize: int) -> int:
     return itemsize * 2 * config.d_model * slots
 
 
-def rows_that_pay(transformer: Transformer) -> int:
-    """How many pictures are best drawn side by side: a rule of shape and dtype alone, so that a call's plan is fixed."""
-    of_one = cache_bytes(transformer.config, transformer.image_head.weight.itemsize)
+def rows_that_pay(model: TokenModel) -> int:
+    """Return how many pictures are best drawn side by side: a rule of shape and dtype alone, so that plans are fixed."""
+    if not isinstance(model, Transformer):
+        return ROWS_PER_BATCH
+    of_one = cache_bytes(model.config, model.image_head.weight.itemsize)
     rows = MANY_ROWS_PER_BATCH
     while rows > ROWS_PER_BATCH and rows * of_one > MANY_ROWS_BYTES:
         rows //= 2
@@ -50,7 +53,7 @@ def rows_that_pay(transformer: Transformer) -> int:
 
 
 class Engine:
-    """Draws image tokens with one transformer; of a call it keeps nothing.
+    """Sample image tokens with one token model. Keeps no state between calls.
 
     On a GPU the steps are recorded and replayed, see `dalle.generation.drawing`; `is_recorded` overrides that.
     `is_int8` draws with linear maps rounded to 8 bits, `is_native` with compiled attention (ValueError
@@ -59,15 +62,36 @@ class Engine:
 
     def __init__(
         self,
-        transformer: Transformer,
+        model: TokenModel,
         *,
         is_int8: bool = False,
         is_native: bool = False,
         is_recorded: bool | None = None,
     ) -> None:
-        self.transformer = transformer
+        self.model = model
+        if (is_int8 or is_native) and not isinstance(model, Transformer):
+            raise ValueError(
+                f"{type(model).__name__} draws in its own dtype, without compiled attention: leave int8 and native out"
+            )
         self.is_int8, self.is_native, self.is_recorded = is_int8, is_native, is_recorded
         self._decoder: tuple[Decoder, WeightState] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return what the model computes in; torch.int8 where its linear maps are rounded to that."""
+        return torch.int8 if self.is_int8 else next(self.model.parameters()).dtype
+
+    def draw(self, batch: Batch, on_row_end: RowCallback) -> Tensor:
+        """Draw a batch -> tokens (R, G, G) on the CPU; arguments and errors as `generate`."""
+        tokens = self.generate(
+            batch.text,
+            batch.seeds,
+            batch.options,
+            known=batch.known,
+            n_pictures=batch.n_pictures,
+            on_row_end=on_row_end,
+        )
+        return tokens.cpu()
 
     # no_grad, not inference_mode: tensors that the model caches during a call must stay usable in training.
     @torch.no_grad()
@@ -104,8 +128,8 @@ class Engine:
         each = [options] * len(seeds) if isinstance(options, GenerationOptions) else list(options)
         counts = [len(seeds) // max(1, len(text))] * len(text) if n_pictures is None else list(n_pictures)
         self._check(text, seeds, each, known, counts)
-        grid, n_tokens = self.transformer.config.grid_size, self.transformer.config.grid_size**2
-        text = text.to(next(self.transformer.parameters()).device)
+        grid, n_tokens = self.model.config.grid_size, self.model.config.grid_size**2
+        text = text.to(next(self.model.parameters()).device)
         tokens = torch.full((len(seeds), n_tokens), -1, dtype=torch.int64, device=text.device)  # (R, N)
         forced = (
             tokens.clone() if known is None else known.to(text.device).expand_as(tokens).clone()
@@ -131,14 +155,15 @@ class Engine:
         finish_row: Callable[[int], bool],
     ) -> None:
         """Fill `tokens` (R, N) in place, until `finish_row` asks to stop."""
-        grid = self.transformer.config.grid_size
+        grid = self.model.config.grid_size
         n_pictures, chooser = list(counts), Chooser(options, tokens.device)
         if chooser.guided:  # these pictures are read a second time, after the empty caption
-            text = torch.cat([text, self.null_caption().to(text.device)])
+            text = torch.cat([text, self.model.null_text()[None].to(text.device)])
             n_pictures.append(len(chooser.guided))
         is_recorded = tokens.device.type == "cuda" if self.is_recorded is None else self.is_recorded
-        kind = RecordedDrawing if is_recorded else Drawing
-        drawing = kind(self.decoder(), text, n_pictures, chooser, noise, known, tokens)
+        decoder = self.decoder()
+        kind = RecordedDrawing if is_recorded and isinstance(decoder, Decoder) else Drawing
+        drawing = kind(decoder, text, n_pictures, chooser, noise, known, tokens)
         for position in range(tokens.shape[1]):
             drawing.advance_(position)
             if (position + 1) % grid == 0:
@@ -150,17 +175,15 @@ class Engine:
                 if finish_row(row):
                     return
 
-    def decoder(self) -> Decoder:
-        """The transformer made ready to draw: made once, and again when its weights have changed."""
-        weights = [(weight.data_ptr(), weight._version) for weight in self.transformer.parameters()]
+    def decoder(self) -> TokenDecoder:
+        """Return the model made ready to draw: made once, and again when its weights have changed."""
+        if not isinstance(self.model, Transformer):
+            assert isinstance(self.model, TokenDecoder)
+            return self.model
+        weights = [(weight.data_ptr(), weight._version) for weight in self.model.parameters()]
         if self._decoder is None or self._decoder[1] != weights:
-            self._decoder = (Decoder(self.transformer, self.is_int8, self.is_native), weights)
+            self._decoder = (Decoder(self.model, self.is_int8, self.is_native), weights)
         return self._decoder[0]
-
-    def null_caption(self) -> Tensor:
-        """The empty caption, (1, T) int64: the pad token of every position."""
-        config = self.transformer.config
-        return (config.n_text_vocab + torch.arange(config.n_text_tokens))[None]
 
     def _check(
         self,
@@ -170,13 +193,13 @@ class Engine:
         known: Tensor | None,
         counts: Sequence[int],
     ) -> None:
-        config = self.transformer.config
+        config = self.model.config
         if text.ndim != 2 or text.shape[0] == 0 or text.shape[1] != config.n_text_tokens:
             raise ValueError(
                 f"text has shape {tuple(text.shape)}; it must be (captions, {config.n_text_tokens}):"
                 " pad captions to that"
             )
-        n_ids = config.n_text_vocab + config.n_text_tokens
+        n_ids = config.n_text_ids
         if int(text.min()) < 0 or int(text.max()) >= n_ids:
             raise ValueError(
                 f"text holds ids {int(text.min())}..{int(text.max())}; the transformer knows 0..{n_ids - 1}:"

@@ -125,6 +125,13 @@ class Ranker:
                 advance(len(pictures))
         return torch.cat(scores)
 
+    def choose(
+        self, caption: Tensor, chunks: Iterable[Tensor], n: int, advance: Callable[[int], None] | None = None
+    ) -> list[tuple[int, float]]:
+        """Return places and scores of the n pictures that fit a caption best, best first; arguments as `score`."""
+        scores = self.score(caption, chunks, advance)
+        return [(place, float(scores[place])) for place in best_first(scores, n)]
+
     def score_images(
         self, caption: str, pictures: Sequence[Image.Image], truncate: bool = False
     ) -> list[float]:

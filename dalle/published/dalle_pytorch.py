@@ -31,7 +31,7 @@ from dalle.published.stream import (
     split_heads,
     weighted_losses,
 )
-from dalle.transformer import Losses
+from dalle.token_model import Losses
 
 Count = Annotated[int, Field(gt=0)]
 AttentionKind = Literal["full", "axial_row", "axial_col", "conv_like"]

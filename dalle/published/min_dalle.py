@@ -30,7 +30,7 @@ from dalle.published.stream import (
     repeat_rows,
     split_heads,
 )
-from dalle.transformer import Losses
+from dalle.token_model import Losses
 
 Count = Annotated[int, Field(gt=0)]
 

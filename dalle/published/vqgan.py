@@ -230,6 +230,11 @@ class VQGAN(SavedModule):
         return self.config.image_size
 
     @property
+    def output_size(self) -> int:
+        """Pixels a side, as read."""
+        return self.config.image_size
+
+    @property
     def grid_size(self) -> int:
         """Tokens a side, G."""
         return self.config.grid_size
@@ -264,9 +269,12 @@ class VQGAN(SavedModule):
         return nearest_codes(latents, self.codebook.weight)
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Return images (B, 3, H, W) in [0, 1] of tokens (B, G, G) in [0, K); ValueError for others."""
+        """Return images (B, 3, H, W) in [0, 1] of tokens (B, G, G) in [0, K), or their top of the first grid rows.
+
+        Raises ValueError for other tokens.
+        """
         grid, n_codes = self.grid_size, self.n_codes
-        if tokens.ndim != 3 or tuple(tokens.shape[1:]) != (grid, grid):
+        if tokens.ndim != 3 or tokens.shape[2] != grid or not 1 <= tokens.shape[1] <= grid:
             raise ValueError(
                 f"tokens have shape {tuple(tokens.shape)}; this VQGAN decodes (batch, {grid}, {grid})"
             )

@@ -17,7 +17,6 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from dalle import __version__
-from dalle.attention import layer_kinds
 from dalle.generation.fields import FIELDS
 from dalle.generation.request import ImageRequest
 from dalle.images import grid
@@ -31,6 +30,7 @@ from dalle.serving.intake import (
 )
 from dalle.serving.job import Event, Failed, Job, Queued, Row, ServingError, Settled, Started
 from dalle.serving.mailbox import EventStream, Mailbox
+from dalle.serving.microscope import masks
 from dalle.serving.schema import DrawBody, check
 from dalle.serving.state import State
 
@@ -83,7 +83,7 @@ def describe(state: State) -> dict[str, Any]:
         "model_sha256": pipe.model_sha256,
         "version": __version__,
         "grid": config.grid_size,
-        "image_size": pipe.dvae.config.output_size,
+        "image_size": pipe.dvae.output_size,
         "n_codes": config.n_image_vocab,
         "n_text_tokens": config.n_text_tokens,
         "defaults": pipe.defaults.model_dump(),
@@ -91,7 +91,7 @@ def describe(state: State) -> dict[str, Any]:
         "has_ranker": pipe.ranker is not None,
         "max_images": state.settings.max_images,
         "max_candidates": state.settings.max_candidates if pipe.ranker else state.settings.max_images,
-        "layers": list(layer_kinds(config.n_layers, config.layers)),
+        "layers": list(masks(pipe.transformer)),
         "is_guarded": state.settings.api_key is not None,
     }
 
@@ -124,7 +124,7 @@ class Writer:
 
     def __init__(self, state: State, job: Job) -> None:
         self._job, self._request = job, job.request
-        self._grid, self._side = state.pipe.transformer.config.grid_size, state.pipe.dvae.config.output_size
+        self._grid, self._side = state.pipe.dvae.grid_size, state.pipe.dvae.output_size
 
     def write(self, event: Event) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Name and JSON of what the page is sent for an event."""

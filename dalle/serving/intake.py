@@ -92,7 +92,7 @@ async def accept(
 
 def _checked(state: State, read: Callable[[], ImageRequest], names: Mapping[str, str]) -> CaptionRequest:
     try:
-        [request] = state.pipe.prepare(read(), state.pipe.ranker)
+        [request] = state.pipe.sampler.prepare(read(), state.pipe.ranker)
         return request
     except InvalidRequest as error:
         code = "caption_too_long" if error.field == "prompt" else "invalid_value"

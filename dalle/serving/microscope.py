@@ -19,9 +19,8 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
-from dalle.attention import allowed_image_keys, layer_kinds
+from dalle.attention import LayerKind, allowed_image_keys, layer_kinds
 from dalle.config import validate
-from dalle.dvae import DiscreteVAE
 from dalle.generation.recipe import Recipe
 from dalle.generation.request import GenerationOptions
 from dalle.generation.sampling import (
@@ -31,9 +30,11 @@ from dalle.generation.sampling import (
     keep_top_p,
     top_k_of,
 )
+from dalle.image_tokenizer import ImageTokenizer
 from dalle.images import to_images
 from dalle.pipeline import DallePipeline
 from dalle.serving.history import History, Picture
+from dalle.token_model import TokenModel
 from dalle.transformer import Transformer, TransformerConfig
 
 N_READINGS = 64  # pictures whose numbers are kept: 20 kB each at a grid of 16
@@ -74,9 +75,7 @@ class Microscope:
     @property
     def layers(self) -> list[dict[str, Any]]:
         """Number and mask kind of each layer of the transformer, the first first."""
-        config = self.pipe.transformer.config
-        kinds = layer_kinds(config.n_layers, config.layers)
-        return [{"layer": layer, "mask": kind} for layer, kind in enumerate(kinds)]
+        return [{"layer": layer, "mask": kind} for layer, kind in enumerate(masks(self.pipe.transformer))]
 
     def look(self, picture: Picture) -> dict[str, Any]:
         """Everything the page shows of a picture.
@@ -103,7 +102,7 @@ class Microscope:
 
     def swatch(self, token: int) -> bytes:
         """The PNG of a token's picture; ValueError for a token that the codebook has not."""
-        n_codes = self.pipe.dvae.config.n_codes
+        n_codes = self.pipe.dvae.n_codes
         if not 0 <= token < n_codes:
             raise ValueError(f"token is {token}; the codebook has 0 to {n_codes - 1}")
         return self._swatches(token)
@@ -129,16 +128,16 @@ class Microscope:
 
 @torch.no_grad()
 def read_picture(
-    transformer: Transformer, text: Tensor, tokens: Tensor, options: GenerationOptions
+    transformer: TokenModel, text: Tensor, tokens: Tensor, options: GenerationOptions
 ) -> Reading:
     """Read a caption (T,) and a picture (G, G), both int64, in one pass; see the file's head for what it says.
 
     `options` are those that the picture was drawn with.
     """
-    device, config = next(transformer.parameters()).device, transformer.config
-    texts = [text] if options.guidance == 1 else [text, empty_caption(config)]
+    ours, device = our_transformer(transformer), next(transformer.parameters()).device
+    texts = [text] if options.guidance == 1 else [text, transformer.null_text()]
     drawn = tokens.reshape(1, -1)  # (1, N)
-    _, logits = transformer(torch.stack(texts).to(device), drawn.expand(len(texts), -1).to(device))
+    _, logits = ours(torch.stack(texts).to(device), drawn.expand(len(texts), -1).to(device))
     logits = logits.double().cpu()  # (1, N, K), or with the empty caption's (2, N, K)
     log_p = logits[0].log_softmax(dim=-1)  # (N, K)
     own = log_p.gather(1, drawn.T)  # (N, 1)
@@ -168,12 +167,20 @@ def probabilities(logits: Tensor, options: GenerationOptions) -> Tensor:
     return logits.softmax(dim=-1)
 
 
-def empty_caption(config: TransformerConfig) -> Tensor:
-    """What guidance moves away from: the pad of every text position, (T,) int64."""
-    return config.n_text_vocab + torch.arange(config.n_text_tokens)
+def our_transformer(model: TokenModel) -> Transformer:
+    """Return the model as what the microscope can look into; ValueError for other people's models."""
+    if not isinstance(model, Transformer):
+        raise ValueError(f"{type(model).__name__} has no microscope: only models that dalle trained have one")
+    return model
 
 
-def visible_cells(transformer: Transformer, layer: int, cell: int) -> list[int]:
+def masks(model: TokenModel) -> tuple[LayerKind, ...]:
+    """Return the mask kind of each layer, the first first; none for other people's models."""
+    config = model.config
+    return layer_kinds(config.n_layers, config.layers) if isinstance(config, TransformerConfig) else ()
+
+
+def visible_cells(transformer: TokenModel, layer: int, cell: int) -> list[int]:
     """The cells (raster indices, ascending) that a layer lets the model see when it draws `cell`.
 
     A cell is drawn from the slot that holds the cell before it (the first one from the last text token), and masks are
@@ -182,7 +189,7 @@ def visible_cells(transformer: Transformer, layer: int, cell: int) -> list[int]:
     Raises:
         ValueError: there is no such layer or cell.
     """
-    config = transformer.config
+    config = our_transformer(transformer).config
     if not 0 <= layer < config.n_layers:
         raise ValueError(f"layer is {layer}; this transformer has 0 to {config.n_layers - 1}")
     if not 0 <= cell < config.n_image_tokens:
@@ -192,12 +199,12 @@ def visible_cells(transformer: Transformer, layer: int, cell: int) -> list[int]:
 
 
 @torch.no_grad()
-def draw_token(dvae: DiscreteVAE, token: int) -> bytes:
+def draw_token(dvae: ImageTokenizer, token: int) -> bytes:
     """The PNG of what one token looks like among its like: the middle cell of a grid that holds nothing else.
 
     A token has no picture of its own: the decoder paints each cell with an eye on those around it.
     """
-    grid, size = dvae.config.grid_size, dvae.config.output_size
+    grid, size = dvae.grid_size, dvae.output_size
     device = next(dvae.parameters()).device
     pixels = dvae.decode(torch.full((1, grid, grid), token, device=device))  # (1, 3, H, W)
     side = size // grid

@@ -47,7 +47,7 @@ def router(state: State) -> APIRouter:
         """What a token looks like among its like."""
         headers = {"ETag": f'"{state.pipe.model_sha256[:16]}-{token}"', "Cache-Control": "private, no-cache"}
         with not_found():
-            if if_none_match == headers["ETag"] and 0 <= token < state.pipe.dvae.config.n_codes:
+            if if_none_match == headers["ETag"] and 0 <= token < state.pipe.dvae.n_codes:
                 return Response(status_code=304, headers=headers)
             return Response(microscope.swatch(token), media_type="image/png", headers=headers)
 

@@ -142,7 +142,7 @@ class Order:
             event=event,
             n_images=n_images,
             n_candidates=n,
-            look=read_look(wanted, state.pipe.dvae.config.output_size),
+            look=read_look(wanted, state.pipe.dvae.output_size),
             quality=quality,
             gives_url=wanted.response_format == "url" and not wanted.stream,
             is_stream=bool(wanted.stream),
@@ -286,7 +286,7 @@ async def answer(
     http: HttpRequest, state: State, files: SignedFiles, order: Order, prepare: Callable[[], ImageRequest]
 ) -> Response:
     """Queues an order, and streams or waits."""
-    n_rows = state.pipe.transformer.config.grid_size
+    n_rows = state.pipe.dvae.grid_size
     rows = [round(n_rows * (i + 1) / (order.n_partial + 1)) - 1 for i in range(order.n_partial)]
     mailbox = Mailbox(rows, n_shown=1)
     job = await accept(state, order.n_candidates, mailbox, prepare, NAMES, keeps_candidates=False)

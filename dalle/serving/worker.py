@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from dalle.generation.batch import Batch, Slot
-from dalle.generation.precision import decode_threads, threads
+from dalle.generation.precision import threads
 from dalle.generation.recipe import Recipe
 from dalle.generation.request import ImageRequest
 from dalle.generation.rerank import CHUNK, best_first
@@ -45,12 +44,14 @@ class Worker:
         """Draws, decodes and ranks once, so that the first client does not wait for libraries to set themselves up."""
         try:
             ranker = self.pipe.ranker
-            [request] = self.pipe.prepare(ImageRequest("", num_images_per_prompt=4, num_candidates=4), ranker)
-            n_threads = self._n_threads(4)
+            [request] = self.pipe.sampler.prepare(
+                ImageRequest("", num_images_per_prompt=4, num_candidates=4), ranker
+            )
+            n_threads = self.pipe.sampler.n_threads(4)
             batch = Batch((Slot(request, 0, 4),), 4)
-            tokens = self.pipe.draw_batch(batch, lambda *_: False, n_threads)
-            self.pipe.preview(tokens, 1)
-            pixels = self.pipe.pixels(tokens)
+            tokens = self.pipe.sampler.sample(batch, lambda *_: False, n_threads)
+            self.pipe.sampler.decode_together(tokens[:, :1])
+            pixels = self.pipe.sampler.decode(tokens)
             if ranker is not None:
                 ranker.score(ranker.encode_captions([""])[0], [pixels])
             to_png(to_images(pixels)[0], {"model": self.pipe.model_sha256})
@@ -83,7 +84,7 @@ class Worker:
         if job.is_prepared:
             return True
         try:
-            job.request = replace(job.request, completion=self.pipe.completion(job.request))
+            [job.request] = self.pipe.sampler.encode([job.request])
             if self.pipe.ranker is not None:
                 captions = [job.request.caption]
                 [job.caption_vector] = self.pipe.ranker.encode_captions(captions, job.request.truncate)
@@ -108,15 +109,12 @@ class Worker:
         )
         self.jobs.end(job, "failed", Failed(told))
 
-    def _n_threads(self, n_rows: int) -> int:
-        return decode_threads(self.pipe.transformer.config.d_model, n_rows)
-
     # --- One batch ------------------------------------------------------------------------------------------
 
     def _draw(self, parts: Sequence[Part]) -> None:
         n_rows = sum(part.n for part in parts)
-        n_threads, start = self._n_threads(n_rows), time.monotonic()
-        grid, shown_s = self.pipe.transformer.config.grid_size, 0.0
+        n_threads, start = self.pipe.sampler.n_threads(n_rows), time.monotonic()
+        grid, shown_s = self.pipe.dvae.grid_size, 0.0
         self.metrics.batch_rows.set(n_rows)
 
         def on_row_end(row: int, tokens: Tensor) -> bool:
@@ -133,7 +131,7 @@ class Worker:
             return all(part.job.is_over for part in parts)  # nobody wants this batch any more
 
         batch = Batch(tuple(part.slot for part in parts), n_rows, is_shared=True)
-        tokens = self.pipe.draw_batch(batch, on_row_end, n_threads)
+        tokens = self.pipe.sampler.sample(batch, on_row_end, n_threads)
         self.metrics.batch_rows.set(0)
         row = 0
         for part in parts:
@@ -154,8 +152,8 @@ class Worker:
             start += part.n
         if not watched:
             return
-        top = self.pipe.preview(tokens[rows].cpu(), row + 1)  # (R, 3, h, W)
-        side = self.pipe.dvae.config.output_size
+        top = self.pipe.sampler.decode_together(tokens[rows][:, : row + 1])  # (R, 3, h, W)
+        side = self.pipe.dvae.output_size
         images = [_padded(image, side) for image in to_images(top)]
         start = 0
         for part, n in watched:
@@ -167,7 +165,7 @@ class Worker:
         job = part.job
         try:
             with threads(n_threads):
-                pixels = self.pipe.pixels(tokens)  # (n, 3, H, W)
+                pixels = self.pipe.sampler.decode(tokens)  # (n, 3, H, W)
             scores: list[float | None] = [None] * part.n
             if self.pipe.ranker is not None and job.caption_vector is not None:
                 scores = self.pipe.ranker.score(job.caption_vector, torch.split(pixels, CHUNK)).tolist()

@@ -53,8 +53,8 @@ EFFICIENCY: dict[Kind, Efficiency] = {
         attention=0.14,
         muon=0.50,
         bytes=0.60,
-        dvae=0.72,
-        clip=0.44,
+        dvae=0.19,
+        clip=0.095,
     ),
     "bfloat16": Efficiency(
         layers=0.98,

@@ -246,9 +246,6 @@ def load_recipe(preset: str, settings: Sequence[str]) -> Recipe:
     return validate(Recipe, tree, preset)
 
 
-DECODER_SIZES = ("output_size", "decoder_widths", "decoder_blocks")  # of [dvae]: what stage decoder makes
-
-
 def with_given(recipe: Recipe, folder: Path) -> tuple[Recipe, list[str]]:
     """The recipe with the sizes of the components in `folder`, and what that changes: "transformer.n_layers: 2 -> 6".
 
@@ -259,15 +256,17 @@ def with_given(recipe: Recipe, folder: Path) -> tuple[Recipe, list[str]]:
     for name in ("tokenizer", "dvae", "transformer", "clip"):
         path = folder / name / "config.json"
         config = read_json(path) if path.is_file() else None
-        if tree[name] is not None and isinstance(config, dict):
-            kept: tuple[str, ...] = ()
-            if name == "dvae" and config.get("trunk") != "light":
+        if tree[name] is None or not isinstance(config, dict):
+            continue
+        if name == "dvae":
+            given = validate(DVAEConfig, config, str(path))
+            if given.trunk != "light":
                 tree["decoder_training"] = None  # its decoder is its encoder's mirror
-            elif name == "dvae" and recipe.decoder_training is not None:
-                kept = DECODER_SIZES
-            tree[name] |= {
-                key: value for key, value in config.items() if key in tree[name] and key not in kept
-            }
+            if tree["decoder_training"] is not None:
+                given = given.drawing_as(recipe.dvae)
+            tree["dvae"] = given.model_dump()
+            continue
+        tree[name] |= {key: value for key, value in config.items() if key in tree[name]}
     if tree["dvae"]["quantizer"] == "fsq":
         tree["dvae_training"] |= {key: DVAETraining.model_fields[key].default for key in RELAXATION}
     found = validate(Recipe, tree, str(folder))

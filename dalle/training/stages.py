@@ -117,7 +117,7 @@ def decoder_stage(run: Run, stages: tuple[str, ...]) -> DiscreteVAE:
         is_trained = config.trunk == "light" and not config.draws_as(recipe.dvae)
     inputs: dict[str, Any] = {"given": files.file_sha256(source / "model.safetensors")}
     if is_trained:
-        wanted = drawing_as(config, recipe.dvae)
+        wanted = config.drawing_as(recipe.dvae)
         encoder = {name: tensor for name, tensor in tensors.items() if name.startswith("encoder.")}
         inputs = {
             "model": wanted.model_dump(mode="json"),
@@ -156,16 +156,6 @@ def _train_decoder(run: Run, wanted: DVAEConfig, encoder: dict[str, Tensor], inp
     decoder = {name: tensor for name, tensor in state.items() if name.startswith("decoder.")}
     # The encoder is stored as it was read, so that tokens stay the same bit for bit.
     _save(run, "decoder", wanted, lambda: encoder | _stored(run, decoder), inputs, folder)
-
-
-def drawing_as(config: DVAEConfig, other: DVAEConfig) -> DVAEConfig:
-    """The encoder and codes of `config` with the decoder of `other`; ValueError when that does not fit."""
-    sizes = {
-        "output_size": other.output_size,
-        "decoder_widths": other.light_widths,
-        "decoder_blocks": other.light_blocks,
-    }
-    return validate(DVAEConfig, config.model_dump() | sizes, "the given dVAE with the decoder of [dvae]")
 
 
 def transformer_stage(run: Run, tokenizer: Tokenizer, dvae: DiscreteVAE) -> None:

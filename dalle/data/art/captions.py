@@ -256,14 +256,14 @@ def measure_colours(pixels: npt.NDArray[np.uint8]) -> list[str]:
     ink = sample[sample.min(axis=1) < 235]
     if len(ink) < 4:
         return ["white"]
-    palette = _to_lab(np.array(list(_COLOURS.values())))
-    nearest = ((_to_lab(ink)[:, None] - palette[None]) ** 2).sum(axis=2).argmin(axis=1)  # (P,)
+    palette = to_lab(np.array(list(_COLOURS.values())))
+    nearest = ((to_lab(ink)[:, None] - palette[None]) ** 2).sum(axis=2).argmin(axis=1)  # (P,)
     share = np.bincount(nearest, minlength=len(palette)) / len(ink)
     order = np.argsort(-share, kind="stable")[:3]
     return [list(_COLOURS)[i] for i in order if share[i] > 0.15]
 
 
-def _to_lab(rgb: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
+def to_lab(rgb: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
     """Return sRGB in 0..255, (P, 3), as CIE Lab under D65."""
     linear = rgb / 255
     linear = np.where(linear > 0.04045, ((linear + 0.055) / 1.055) ** 2.4, linear / 12.92)

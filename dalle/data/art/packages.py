@@ -269,8 +269,13 @@ def missing_packages(npm_folder: Path, packages: dict[str, str]) -> list[str]:
 
 
 def check_packages(npm_folder: Path, styles: Iterable[Style]) -> Path:
+    """Return the given node_modules folder; raise ValueError that names the packages of the styles it lacks."""
+    return require_packages(npm_folder, needed_packages(styles))
+
+
+def require_packages(npm_folder: Path, packages: dict[str, str]) -> Path:
     """Return the given node_modules folder; raise ValueError that names the packages it lacks."""
-    missing = missing_packages(npm_folder, needed_packages(styles))
+    missing = missing_packages(npm_folder, packages)
     if missing:
         raise ValueError(
             f"{npm_folder} lacks {', '.join(missing)}: install these versions there, or give no folder"
@@ -279,12 +284,15 @@ def check_packages(npm_folder: Path, styles: Iterable[Style]) -> Path:
 
 
 def fetch_packages(styles: Iterable[Style], progress: Callable[[str], None] | None = None) -> Path:
-    """Install the packages that the cache lacks with npm and return its node_modules folder.
+    """Install the packages of the styles and of the emoji names, see `install_packages`."""
+    return install_packages(needed_packages(styles), progress)
+
+
+def install_packages(packages: dict[str, str], progress: Callable[[str], None] | None = None) -> Path:
+    """Install those of the packages (npm name -> version) that the cache lacks; return its node_modules folder.
 
     No install script of any package runs. Raises ValueError when npm is not there or fails.
     """
-    styles = tuple(styles)
-    packages = needed_packages(styles)
     folder = cache_folder() / "npm"
     modules = folder / "node_modules"
     if not missing_packages(modules, packages):
@@ -292,7 +300,7 @@ def fetch_packages(styles: Iterable[Style], progress: Callable[[str], None] | No
     npm = shutil.which("npm")
     if npm is None:
         raise ValueError(
-            "npm not found: the emoji pictures come from npm packages; install Node.js, which brings npm"
+            "npm not found: pictures and fonts come from npm packages; install Node.js, which brings npm"
         )
     folder.mkdir(parents=True, exist_ok=True)
     manifest = folder / "package.json"
@@ -305,7 +313,7 @@ def fetch_packages(styles: Iterable[Style], progress: Callable[[str], None] | No
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise ValueError(f"npm install failed in {folder}: {_npm_reason(done.stderr or done.stdout)}")
-    return check_packages(modules, styles)
+    return require_packages(modules, packages)
 
 
 def _npm_reason(output: str) -> str:
