@@ -27,7 +27,10 @@ def inspect(
 
     pairs = source.read()
     found = look(pairs, max_bad=source.max_bad)
-    psnr = None if model is None else psnr_of_pairs(DallePipeline.from_pretrained(model).dvae, pairs)
+    psnr = None
+    if model is not None:
+        pipe = DallePipeline.from_pretrained(None if model == "bundled" else model)
+        psnr = psnr_of_pairs(pipe.dvae, pairs)
     if as_json:
         print_json(found.to_json() | ({} if psnr is None else {"psnr": psnr}))
         return
