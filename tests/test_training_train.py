@@ -395,6 +395,23 @@ def test_held_out_pictures_that_cannot_be_read_are_one_clear_error(trained: Path
         run(source, tmp_path / "model", init_from=trained)
 
 
+def test_a_flipped_byte_in_the_tokens_of_a_begun_run_is_refused(data: Path, copy: Path) -> None:
+    records = files.read_json(copy / "run" / "stages.json")
+    del records["transformer"]
+    files.write_json(copy / "run" / "stages.json", records)
+    shutil.rmtree(copy / "transformer")
+    shutil.rmtree(copy / "run" / "checkpoints" / "transformer", ignore_errors=True)
+    (shard,) = (copy / "run" / "tokens").glob("*/tokens-00000.npy")
+    tokens = bytearray(shard.read_bytes())
+    tokens[-3] ^= 1
+    shard.write_bytes(tokens)
+    with pytest.raises(ValueError, match=r"tokens-00000\.npy is not what was written: its sha256 differs"):
+        run(data, copy)
+    shard.unlink()  # as the error says
+    (shard.parent / "progress-00000.json").unlink()
+    assert DallePipeline.from_pretrained(run(data, copy))
+
+
 def test_encoding_says_how_far_it_is(
     data: Path,
     trained: Path,
