@@ -27,7 +27,8 @@ from pathlib import Path
 import torch
 
 from dalle.config import load_preset, override, validate
-from dalle.data.pairs import BadSampleLog, read_pairs
+from dalle.data.pairs import read_pairs
+from dalle.data.reading import BadSampleLog
 from dalle.dvae import DiscreteVAE, gumbel_softmax, map_pixels, unmap_pixels
 from dalle.evaluation.metrics import Reconstruction
 from dalle.generation.precision import default_dtype

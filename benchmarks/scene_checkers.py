@@ -17,7 +17,8 @@ from PIL import Image
 
 from dalle import images
 from dalle.data.art.packages import DEFAULT_STYLES
-from dalle.data.pairs import Pair, read_pairs
+from dalle.data.pair import Pair
+from dalle.data.pairs import read_pairs
 from dalle.data.scenes.checkers import Pixels, shows
 from dalle.data.scenes.drawing import draw_scene
 from dalle.data.scenes.objects import find_sources, load_objects, read_art

@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dalle import __version__, files
+from dalle.picture_files import FORMATS, installed, png_without_texts, to_srgb
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 64_000_000  # a photograph has up to about 50 million; a bomb has billions
 MAX_RECIPE = 1_000_000  # characters of the `dalle` chunk; PNG readers stop at 1 MiB of text
 PIXELS_PER_TOKEN = 8  # side of the square that one image token stands for (paper §2.1)
@@ -37,16 +37,36 @@ Source = Path | str | bytes | BinaryIO
 # Opening
 
 
-def open_image(source: Source, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read a PNG, JPEG, WebP, GIF or BMP as RGB: turned by its EXIF, on white where clear, first frame.
+def open_image(
+    source: Source, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS
+) -> Image.Image:
+    """Read a picture as sRGB: turned by its EXIF, on white where clear, first frame, without its ICC profile.
 
     The header is checked against `max_pixels` before any pixel is decoded. ValueError, one line with the
-    path, when the file is missing, of another format, too large, truncated or corrupt.
+    path, when the file is missing, of a format that is not in `formats`, too large, truncated or corrupt.
     """
     name = _name(source)
-    with _opened(source, name, FORMATS, max_pixels) as image:
+    formats = installed(formats)
+    try:
+        return _read(source, name, formats, max_pixels)
+    except ValueError as error:
+        png = png_without_texts(source)
+        if png is None:
+            raise
+        try:
+            return _read(png[0], name, formats, max_pixels, png[1])
+        except ValueError:
+            raise error from None
+
+
+def _read(
+    source: Source, name: str, formats: tuple[str, ...], max_pixels: int, profile: bytes | None = None
+) -> Image.Image:
+    with _opened(source, name, formats, max_pixels) as image:
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+        if profile is not None:
+            image.info["icc_profile"] = profile
+        return _to_rgb(to_srgb(ImageOps.exif_transpose(image)))
 
 
 def open_mask(source: Source, max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -67,10 +67,12 @@ def dropped(folder: Path) -> dict[str, str]:
         ("a dog in the snow", None),
         ("a dog", "caption too short"),
         ("un perro con una pelota en el parque", "caption in another language"),
-        ("Kim Smith photographed on 2011-05-03", "caption mostly boiler-plate"),
-        ("photograph taken at 10:45 am, May 3rd, 2011, uploaded by Kim", "caption mostly boiler-plate"),
+        ("Kim Smith photographed on 2011-05-03", None),
+        ("a dog in 1999", None),
+        ("photographed on 2011-05-03", "caption is boiler-plate"),
+        ("photograph taken at 10:45 am, May 3rd, 2011, uploaded", "caption is boiler-plate"),
         ("a wooden bridge over a river, photographed in May 2011", None),
-        ("IMG_20110503.jpg uploaded picture of file", "caption mostly boiler-plate"),
+        ("IMG_20110503.jpg uploaded picture of file", "caption is boiler-plate"),
         (
             "a photo of the picture on a wall of images",
             None,
@@ -87,8 +89,8 @@ def test_captions_are_judged(caption: str, problem: str | None) -> None:
      "Sept. 3rd 2011", "2011"],
 )  # fmt: skip
 def test_every_date_format_is_boilerplate(date: str) -> None:
-    assert is_boilerplate(f"photographed on {date}", 3)
-    assert not is_boilerplate(f"a very tall red tower, photographed on {date}", 3)
+    assert is_boilerplate(f"photographed on {date}")
+    assert not is_boilerplate(f"a very tall red tower, photographed on {date}")
 
 
 @pytest.mark.parametrize(
@@ -154,6 +156,57 @@ def test_one_shape_in_two_colours_is_two_pictures(tmp_path: Path) -> None:
     assert known.nearest([disc("blue"), as_jpeg(disc("red"))], hashes, HASH_SIMILARITY) == [None, "red"]
 
 
+def sprite(kind: int, colour: tuple[int, int, int], side: int = 32) -> Image.Image:
+    """A small outlined drawing on much white: a key, a cup, a hat, a leaf."""
+    picture = Image.new("RGB", (side, side), "white")
+    draw = ImageDraw.Draw(picture)
+    if kind == 0:
+        draw.ellipse([4, 12, 11, 19], outline="black", fill=colour)
+        draw.line([11, 16, 26, 16], fill=colour, width=2)
+        draw.line([22, 16, 22, 20], fill=colour, width=2)
+    elif kind == 1:
+        draw.rectangle([9, 10, 20, 22], outline="black", fill=colour)
+        draw.arc([18, 12, 25, 19], 270, 90, fill=colour, width=2)
+    elif kind == 2:
+        draw.rectangle([10, 8, 21, 18], outline="black", fill=colour)
+        draw.rectangle([6, 18, 25, 20], fill="black")
+    else:
+        draw.polygon([(6, 22), (16, 6), (26, 22)], outline="black", fill=colour)
+    return picture
+
+
+COLOURS = {
+    "red": (215, 40, 40), "cyan": (30, 200, 210), "yellow": (235, 210, 40), "green": (50, 160, 60),
+    "blue": (50, 80, 205), "purple": (140, 60, 170), "orange": (240, 140, 30), "pink": (240, 150, 190),
+    "brown": (130, 85, 45), "black": (25, 25, 25),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", range(4))
+def test_sprites_of_one_shape_in_ten_colours_are_ten_pictures_and_copies_are_found(kind: int) -> None:
+    """A cyan key was called a near-duplicate of a yellow one: mean colours were diluted by white."""
+    for name in COLOURS:
+        known = Known()
+        known.add([name], [sprite(kind, COLOURS[name])], hashes)
+        for other, colour in COLOURS.items():
+            drawn = sprite(kind, colour)
+            copies = [drawn, as_jpeg(drawn, 75), drawn.resize((64, 64), Image.Resampling.NEAREST)]
+            expected = [name if other == name else None] * len(copies)
+            assert known.nearest(copies, hashes, HASH_SIMILARITY) == expected, (name, other)
+
+
+def test_dropped_pictures_are_shown_beside_those_that_they_equal(tmp_path: Path) -> None:
+    rows = [("train", "a small yellow key", sprite(0, COLOURS["yellow"]))]
+    rows += [("train", "a small cyan key", sprite(0, COLOURS["cyan"]))] * 2
+    rows += [("validation", "a small cyan key", sprite(0, COLOURS["cyan"]))]
+    found = filter_pairs(write_set(tmp_path / "raw", rows), tmp_path / "clean", SETTINGS)
+    assert found.dropped == {"near-duplicate of an evaluation picture": 2}
+    assert any("duplicates.png" in line for line in found.lines())
+    with Image.open(tmp_path / "clean" / "duplicates.png") as sheet:
+        assert sheet.size == (8 * 98 - 2, 96)
+        assert sheet.crop((0, 0, 96, 96)).tobytes() == sheet.crop((98, 0, 194, 96)).tobytes()
+
+
 def test_planted_faults_are_found_counted_and_nothing_else(tmp_path: Path) -> None:
     held_out = scene(0)
     rows = [("validation", "a picture with some shapes", held_out)]
@@ -177,7 +230,7 @@ def test_planted_faults_are_found_counted_and_nothing_else(tmp_path: Path) -> No
         "009.png": "near-duplicate of an evaluation picture",
         "010.png": "caption too short",
         "011.png": "caption in another language",
-        "012.png": "caption mostly boiler-plate",
+        "012.png": "caption is boiler-plate",
         "013.png": "picture too long",
         "015.png": "picture unreadable",
     }

@@ -13,8 +13,10 @@ import huggingface_hub.constants
 import pytest
 from PIL import Image
 
-from dalle.data.layouts import CAPTION_COLUMNS
-from dalle.data.pairs import BadSample, BadSampleLog, PairSet, read_pairs
+from dalle.data.pair import BadSample
+from dalle.data.pairs import PairSet, read_pairs
+from dalle.data.reading import BadSampleLog
+from dalle.data.samples import CAPTION_COLUMNS
 
 COLOURS = {"a": "red", "b": "green", "c": "blue"}
 CAPTIONS = {name: (f"a {colour} picture", f"{colour} only") for name, colour in COLOURS.items()}
@@ -170,7 +172,7 @@ def test_metadata_keeps_splits_and_other_columns(tmp_path: Path) -> None:
         "file_name,text,split,style\na.png,one,train,flat\nb.png,two,test,3d\nc.png,three,dev,flat\n"
     )
     pairs = read_pairs(tmp_path)
-    assert pairs.counts == {"dev": 1, "test": 1, "train": 1}
+    assert pairs.counts == {"test": 1, "train": 1, "validation": 1}
     assert pairs.of_split("test")[0].fields == {"style": "3d"}
     assert len(pairs.of_split("nothing")) == 0
 
@@ -220,11 +222,12 @@ def test_a_picture_in_two_splits_keeps_the_first_and_lists_the_other_row(tmp_pat
 
 
 def test_of_several_caption_columns_the_first_in_the_documented_order_is_read(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(picture("red"))
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table" / "a.png").write_bytes(picture("red"))
     record = {column: f"from {column}" for column in reversed(CAPTION_COLUMNS)}
     for column in CAPTION_COLUMNS:
-        (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", **record}))
-        (pair,) = read_pairs(tmp_path)
+        (tmp_path / "table" / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", **record}))
+        (pair,) = read_pairs(tmp_path / "table")
         (sample,) = read_pairs(
             write_tar(
                 tmp_path / "tar" / "s.tar",
@@ -274,12 +277,18 @@ def test_hub_data_set_is_read_from_the_local_cache(
         read_pairs("someone/nothing")
 
 
-@pytest.mark.parametrize("source", ["nothing", "pipe:cat shard.tar", "https://example.org/shard.tar"])
-def test_a_missing_folder_a_pipe_and_an_address_are_errors(
+@pytest.mark.parametrize("source", ["nothing", "pipe:cat shard.tar"])
+def test_a_missing_folder_and_a_pipe_are_errors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="does not exist"):
+        read_pairs(source)
+
+
+@pytest.mark.parametrize("source", ["ftp://example.org/shard.tar", "simplecache::s3://bucket/shard.tar"])
+def test_an_address_of_another_kind_is_an_error_that_says_which_are_read(source: str) -> None:
+    with pytest.raises(ValueError, match=r"is not read: use s3, gs, gcs, http, https"):
         read_pairs(source)
 
 
@@ -397,14 +406,8 @@ def test_no_captioned_sample_of_a_shard_is_dropped_unseen(tmp_path: Path) -> Non
     members += [("alone.json", caption), ("info.json", b"{}"), ("x.cls", b"3")]
     members += [("photo.1.png", picture("red")), ("photo.1.txt", b"a caption")]
     pairs = read_pairs(write_tar(tmp_path / "s.tar", members))
-    assert [pair.key for pair in pairs] == ["s.tar/good.png"]
-    assert pairs.bad == [
-        BadSample("s.tar/alone.json", "missing image file beside this caption"),
-        BadSample(
-            "s.tar/photo.1.png",
-            "a sample's name ends at its first dot, and .1.png is no suffix of a picture",
-        ),
-    ]
+    assert [pair.key for pair in pairs] == ["s.tar/good.png", "s.tar/photo.1.png"]
+    assert pairs.bad == [BadSample("s.tar/alone.json", "missing image file beside this caption")]
 
 
 def test_unsafe_irregular_and_repeated_members_of_a_shard_are_listed(tmp_path: Path) -> None:
@@ -509,30 +512,44 @@ def test_a_corrupt_picture_is_found_on_opening(tmp_path: Path) -> None:
         pairs[1].open()
 
 
-def test_more_than_one_per_cent_of_bad_samples_is_an_error(tmp_path: Path) -> None:
+def test_more_than_five_and_more_than_one_per_cent_of_bad_samples_is_an_error(tmp_path: Path) -> None:
     pairs = read_pairs(write_folder(tmp_path))
-    one, two = BadSample("x", "empty caption"), BadSample("y", "missing image file")
-    PairSet(pairs.pairs, [one]).require_mostly_good()
+    bad = [BadSample(key, "empty caption") for key in "uvwxyz"]
+    PairSet(pairs.pairs, bad[:5]).require_mostly_good()
     with pytest.raises(
-        ValueError, match=r"2 of 5 samples are bad; at most 1\.0%.*x: empty caption; y: missing"
+        ValueError, match=r"6 of 9 samples are bad; at most max\(5, 1\.0%\).*u: empty caption; v: "
     ):
-        PairSet(pairs.pairs, [one, two]).require_mostly_good()
-    with pytest.raises(ValueError, match="1 of 4 samples are bad"):
-        PairSet(pairs.pairs, [one]).require_mostly_good(limit=0)
-    PairSet(pairs.pairs, [one, two]).require_mostly_good(limit=0.5)
+        PairSet(pairs.pairs, bad).require_mostly_good()
+    PairSet(pairs.pairs * 300, bad).require_mostly_good()  # 6 of 906
+    with pytest.raises(ValueError, match="1 of 4 samples are bad; at most none"):
+        PairSet(pairs.pairs, bad[:1]).require_mostly_good(limit=0)
+    PairSet(pairs.pairs, bad).require_mostly_good(limit=1)
+
+
+def test_a_damaged_shard_is_refused_as_nobody_knows_what_it_held(tmp_path: Path) -> None:
+    write_shards(tmp_path)
+    (tmp_path / "0000d.tar").write_bytes(b"\x1f\x8b no tar at all")
+    pairs = read_pairs(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"1 shards or tables are damaged, .* pass --skip-bad\. First: 0000d\.tar"
+    ):
+        pairs.require_mostly_good()
+    pairs.require_mostly_good(limit=1)
 
 
 def test_bad_sample_log_counts_keys_once_and_over_restarts(tmp_path: Path) -> None:
     path = tmp_path / "run" / "bad_samples.jsonl"
-    log = BadSampleLog(path, total=200)
+    log = BadSampleLog(path, total=600)
     log.add("a", "truncated")
     log.add("a", "truncated")
-    log.add("b", "truncated")
+    log.add_all([BadSample(key, "truncated") for key in "bcdef"])
     with path.open("a") as file:
         file.write('{"key": "torn')  # killed while writing
-    log = BadSampleLog(path, total=200)
-    assert len(log) == 2 and "b" in log
-    with pytest.raises(ValueError, match=r"3 of 200 samples are bad; at most 1\.0%.*bad_samples\.jsonl"):
-        log.add("c", "no PNG")
-    assert json.loads(path.read_text().splitlines()[-1]) == {"key": "c", "reason": "no PNG"}
-    assert len(BadSampleLog(path, total=200)) == 3
+    log = BadSampleLog(path, total=600)
+    assert len(log) == 6 and "b" in log
+    with pytest.raises(
+        ValueError, match=r"7 of 600 samples are bad; at most max\(5, 1\.0%\).*bad_samples\.jsonl"
+    ):
+        log.add("g", "no PNG")
+    assert json.loads(path.read_text().splitlines()[-1]) == {"key": "g", "reason": "no PNG"}
+    assert len(BadSampleLog(path, total=600)) == 7

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dalle.data import parquet
+from dalle.data import row_groups
 from dalle.data.inspect import inspect
-from dalle.data.pairs import BadSample, read_pairs
+from dalle.data.pair import BadSample, Pair
+from dalle.data.pairs import read_pairs
+from dalle.data.splits import names_of_homes
 
 pyarrow = pytest.importorskip("pyarrow")
 arrow_parquet = pytest.importorskip("pyarrow.parquet")
@@ -107,7 +109,8 @@ def test_other_columns_are_fields_unless_they_hold_bytes(tmp_path: Path) -> None
 def test_splits_are_those_of_the_names_unless_train_is_the_only_one(
     names: list[str], splits: list[str | None]
 ) -> None:
-    assert parquet.splits_of_names(names) == dict(zip(names, splits, strict=True))
+    homes = [Pair(f"{name}/0", ("a caption",), "", home=name) for name in names]
+    assert list(names_of_homes(homes).values()) == splits
 
 
 def test_an_undivided_set_gets_a_validation_split_of_its_own(tmp_path: Path) -> None:
@@ -166,7 +169,7 @@ def test_tables_without_pictures_leave_the_folder_to_the_other_layouts(tmp_path:
     assert pairs.bad[0].reason.startswith("cannot be read as parquet: ")
 
 
-def test_a_damaged_row_group_is_one_bad_sample(tmp_path: Path) -> None:
+def test_a_damaged_row_group_is_as_many_bad_samples_as_it_has_rows(tmp_path: Path) -> None:
     table = write_table(tmp_path / "t.parquet", embedded(4), text=["a", "b", "c", "d"])
     file = arrow_parquet.ParquetFile(table)
     chunks = [file.metadata.row_group(1).column(i) for i in range(file.metadata.num_columns)]
@@ -178,8 +181,8 @@ def test_a_damaged_row_group_is_one_bad_sample(tmp_path: Path) -> None:
     table.write_bytes(data)
     pairs = read_pairs(tmp_path)
     assert [pair.captions for pair in pairs] == [("a",), ("b",)]
-    assert [sample.key for sample in pairs.bad] == ["t.parquet/2"]
-    assert pairs.bad[0].reason.startswith("2 rows from here cannot be read: ")
+    assert [sample.key for sample in pairs.bad] == ["t.parquet/2", "t.parquet/3"]
+    assert pairs.bad[0].reason.startswith("its row group cannot be read: ")
 
 
 def test_fingerprint_tells_pictures_of_other_sizes_apart(tmp_path: Path) -> None:
@@ -207,14 +210,14 @@ def test_a_row_group_is_read_once_by_threads_in_order_and_few_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads: list[int] = []
-    real = parquet._read_pictures
+    real = row_groups.read_pictures
 
-    def counted(path: Path, group: int) -> object:
+    def counted(path: str, group: int, column: str | None) -> object:
         reads.append(group)
-        return real(path, group)
+        return real(path, group, column)
 
-    monkeypatch.setattr(parquet, "_read_pictures", counted)
-    monkeypatch.setattr(parquet, "_row_groups", parquet._RowGroups())
+    monkeypatch.setattr(row_groups, "read_pictures", counted)
+    monkeypatch.setattr(row_groups, "_row_groups", row_groups.RowGroups())
     pairs = read_pairs(write_table(tmp_path / "t.parquet", embedded(40), row_group_size=10, text=["x"] * 40))
     together = threading.Barrier(4)
 
@@ -226,9 +229,9 @@ def test_a_row_group_is_read_once_by_threads_in_order_and_few_are_kept(
         assert list(readers.map(shade, range(40))) == list(range(40))
     assert sorted(reads) == [0, 1, 2, 3]
     assert shades([pairs[0]]) == [0] and len(reads) == 4  # all four are small enough to be kept
-    monkeypatch.setattr(parquet, "MAX_KEPT_BYTES", 0)
+    monkeypatch.setattr(row_groups, "MAX_KEPT_BYTES", 0)
     shades(pairs[::10])
-    assert len(parquet._row_groups._kept) == parquet.MIN_KEPT_GROUPS
+    assert len(row_groups._row_groups._kept) == row_groups.MIN_KEPT_GROUPS
 
 
 def test_a_table_that_has_changed_is_read_anew_or_refused(tmp_path: Path) -> None:

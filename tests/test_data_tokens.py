@@ -172,8 +172,9 @@ def test_corrupt_pictures_are_logged_and_left_out_of_valid(tmp_path: Path) -> No
     assert store.valid.tolist() == [n for n in range(20) if n != 4]
     assert '"key": "000004.png"' in (tmp_path / "run" / "bad_samples.jsonl").read_text()
 
-    (tmp_path / "data" / "000009.png").write_bytes(b"not a picture")
-    with pytest.raises(ValueError, match="2 of 20 samples are bad"):
+    for number in range(5, 10):
+        (tmp_path / "data" / f"{number:06d}.png").write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match="6 of 20 samples are bad"):
         encoded(read_pairs(tmp_path / "data"), make_dvae(), tmp_path / "run", crop="paper", seed=0)
 
 
@@ -193,6 +194,38 @@ def test_bad_samples_of_another_data_set_in_the_same_folder_do_not_count(tmp_pat
         (tmp_path / name / name / "000004.png").write_bytes(b"not a picture")
         store = encoded(read_pairs(tmp_path / name), make_dvae(), tmp_path, crop="center", seed=0)
         assert len(store.valid) == 7
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_flipped_byte_in_a_shard_is_noticed(tmp_path: Path, pairs: PairSet, place: int) -> None:
+    settings: dict[str, Any] = {"crop": "center", "seed": 0, "shard_size": 15}
+    store = encoded(pairs, make_dvae(), tmp_path, **settings)
+    good = contents(store.folder)
+    shard = store.folder / "tokens-00001.npy"
+    data = bytearray(good[shard.name])
+    data[len(data) - 15 * 2 * 4 if place == 0 else place] ^= 1  # the first byte of the rows, or the last
+    shard.write_bytes(data)
+    with pytest.raises(ValueError, match=r"tokens-00001\.npy is not what was written: its sha256 differs"):
+        encoded(pairs, make_dvae(), tmp_path, **settings)
+    shard.unlink()  # as the error says
+    (store.folder / "progress-00001.json").unlink()
+    assert contents(encoded(pairs, make_dvae(), tmp_path, **settings).folder) == good
+
+
+def test_a_flipped_byte_in_an_unfinished_shard_is_noticed(tmp_path: Path, pairs: PairSet) -> None:
+    def kill_after(n_done: int, total: int) -> None:
+        if n_done >= 23:
+            raise Killed
+
+    settings: dict[str, Any] = {"crop": "paper", "seed": 0, "batch_size": 2}
+    with pytest.raises(Killed):
+        encode_part(pairs, make_dvae(), tmp_path, progress=kill_after, **settings)
+    (shard,) = tmp_path.rglob("tokens-00000.npy")
+    data = bytearray(shard.read_bytes())
+    data[len(data) - 40 * 2 * 4 + 3] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(ValueError, match=r"tokens-00000\.npy is not what was written"):
+        encode_part(pairs, make_dvae(), tmp_path, **settings)
 
 
 def test_mistakes_are_named(tmp_path: Path, pairs: PairSet) -> None:

@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from dalle.data.pairs import Pair, PairSet, read_pairs
+from dalle.data.pair import Pair
+from dalle.data.pairs import PairSet, read_pairs
 from dalle.data.shapes import write_shapes
 from dalle.evaluation.ranking import CaptionVectors, RankerReport, best_of
 from dalle.evaluation.report import evaluate

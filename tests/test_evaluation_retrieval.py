@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle.data.pairs import Pair, PairSet
+from dalle.data.pair import Pair
+from dalle.data.pairs import PairSet
 from dalle.evaluation.baselines import DONOR, MEAN, RANDOM, Query, choose_donors, copies
 from dalle.evaluation.galleries import Galleries, Thumbnails, distractors, style_of, zero_shot_rows
 from dalle.evaluation.pictures import PictureReader

@@ -24,7 +24,7 @@ LAYERS = (
     ("tokenizer", "clip_tokenizer", "attention", "images"),
     ("weights",),
     ("manifest",),  # below weights: a component is checked before it is read
-    ("files",),
+    ("files", "picture_files"),
     ("config",),
 )
 HEIGHT = {name: len(LAYERS) - row for row, names in enumerate(LAYERS) for name in names}

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dalle.config import load_preset, override, validate
-from dalle.data.pairs import Pair
+from dalle.data.pair import Pair
 from dalle.dvae import DiscreteVAE
 from dalle.generation.request import GenerationOptions
 from dalle.tokenizer import Tokenizer

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from dalle.config import load_preset, override, validate
-from dalle.data.pairs import Pair, read_pairs
+from dalle.data.pair import Pair
+from dalle.data.pairs import read_pairs
 from dalle.data.shapes import COLOURS, SHAPES, write_shapes
 from dalle.generation.rerank import Ranker
 from dalle.images import open_image

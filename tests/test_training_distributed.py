@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from dalle.config import validate
-from dalle.data.pairs import BadSampleLog, Pair, read_pairs
+from dalle.data.pair import Pair
+from dalle.data.pairs import read_pairs
+from dalle.data.reading import BadSampleLog
 from dalle.data.shapes import write_shapes
 from dalle.generation.request import GenerationOptions
 from dalle.training import loop

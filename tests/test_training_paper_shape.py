@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dalle.config import load_preset, override, validate
-from dalle.data.pairs import Pair
+from dalle.data.pair import Pair
 from dalle.training import loop
 from dalle.training.distributed import Layout
 from dalle.training.loop import Progress, train_stage

@@ -14,6 +14,7 @@ from filelock import FileLock
 from dalle import files, manifest, weights
 from dalle.config import load_preset, override, validate
 from dalle.data.shapes import write_shapes
+from dalle.data.source import Source
 from dalle.dvae import DiscreteVAE, DVAEConfig
 from dalle.pipeline import DallePipeline
 from dalle.training import stages
@@ -49,9 +50,9 @@ def recipe(*settings: str) -> Recipe:
     return validate(Recipe, override(load_preset("tiny"), [*MICRO, *settings]), "micro")
 
 
-def run(data: Path, out: Path, *settings: str, **options: Any) -> Path:
+def run(data: Path | Source, out: Path, *settings: str, **options: Any) -> Path:
     cpu = torch.device("cpu")
-    return train(str(data), out, recipe(*settings), device=cpu, dtype=torch.float32, quiet=True, **options)
+    return train(data, out, recipe(*settings), device=cpu, dtype=torch.float32, quiet=True, **options)
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
@@ -332,7 +333,9 @@ def test_another_setting_and_other_data_are_named_on_resume(data: Path, copy: Pa
     with pytest.raises(ValueError, match=r"recipe\.dvae_training\.steps: 2 -> 3"):
         run(data, copy, "dvae_training.steps=3")
     other = write_shapes(tmp_path / "other", 16, seed=1)
-    with pytest.raises(ValueError, match=r"was begun with other settings or data \(data: "):
+    with pytest.raises(
+        ValueError, match=r"the data have changed since .*/run was begun: 16 pictures changed"
+    ):
         run(other, copy)
 
 
@@ -388,8 +391,25 @@ def test_without_a_validation_split_other_held_out_pictures_are_looked_at(tmp_pa
 def test_held_out_pictures_that_cannot_be_read_are_one_clear_error(trained: Path, tmp_path: Path) -> None:
     source = table(tmp_path / "data", ["train"] * 6 + ["validation"])
     (source / "000006.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"no picture of split validation can be read; see run/bad_samples"):
+    with pytest.raises(ValueError, match=r"needs pictures of split train and some held out; found train 6"):
         run(source, tmp_path / "model", init_from=trained)
+
+
+def test_a_flipped_byte_in_the_tokens_of_a_begun_run_is_refused(data: Path, copy: Path) -> None:
+    records = files.read_json(copy / "run" / "stages.json")
+    del records["transformer"]
+    files.write_json(copy / "run" / "stages.json", records)
+    shutil.rmtree(copy / "transformer")
+    shutil.rmtree(copy / "run" / "checkpoints" / "transformer", ignore_errors=True)
+    (shard,) = (copy / "run" / "tokens").glob("*/tokens-00000.npy")
+    tokens = bytearray(shard.read_bytes())
+    tokens[-3] ^= 1
+    shard.write_bytes(tokens)
+    with pytest.raises(ValueError, match=r"tokens-00000\.npy is not what was written: its sha256 differs"):
+        run(data, copy)
+    shard.unlink()  # as the error says
+    (shard.parent / "progress-00000.json").unlink()
+    assert DallePipeline.from_pretrained(run(data, copy))
 
 
 def test_encoding_says_how_far_it_is(
@@ -407,7 +427,7 @@ def test_encoding_says_how_far_it_is(
     assert any(message.startswith("encoding: 16/16 pictures  ETA 1 second") for message in said)
 
 
-def test_bad_samples_are_listed_and_more_than_one_percent_end_the_run(
+def test_bad_samples_are_listed_and_more_than_five_end_the_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = write_shapes(tmp_path / "data", 16, seed=0)
@@ -416,9 +436,18 @@ def test_bad_samples_are_listed_and_more_than_one_percent_end_the_run(
         run(source, tmp_path / "model", stages=("tokenizer",))
     assert any("1 bad samples are left out; see run/bad_samples" in r.getMessage() for r in caplog.records)
     assert "orphan" in (tmp_path / "model" / "run" / "bad_samples.jsonl").read_text()
-    (source / "widow.txt").write_text("no picture beside this caption")
-    with pytest.raises(ValueError, match=r"2 of 18 samples are bad; at most 1\.0% may be"):
+    for number in range(4):
+        (source / f"{number}.txt").write_text("no picture beside this caption")
+    (source / "000003.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"6 of 21 samples are bad; at most max\(5, 1\.0%\)") as caught:
         run(source, tmp_path / "other", stages=("tokenizer",))
+    listed = (tmp_path / "other" / "run" / "bad_samples.jsonl").read_text().splitlines()
+    assert "run/bad_samples.jsonl" in str(caught.value) and len(listed) == 6, "all of them at once"
+    skipping = Source((str(source),), skip_bad=True)
+    run(skipping, tmp_path / "other", stages=("tokenizer",))
+    for suffix in ("png", "txt"):
+        (source / f"000003.{suffix}").unlink()
+    assert run(source, tmp_path / "other", stages=("tokenizer",)), "without the unreadable one it goes on"
 
 
 # The paper's dVAE

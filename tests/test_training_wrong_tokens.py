@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalle.data.pairs import Pair, read_pairs
+from dalle.data.pair import Pair
+from dalle.data.pairs import read_pairs
 from dalle.data.shapes import write_shapes
 from dalle.training.wrong_tokens import TransformerDraws, corrupted, of_another_picture
 from tests.tiny import GRID, N_CODES, tiny_tokenizer, tiny_transformer

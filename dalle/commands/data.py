@@ -2,30 +2,46 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from dalle.commands.console import Device, Json, RowsBar, device_named, log_to_stderr, print_json, say
+from dalle.commands.data_options import takes_data
 
 
+@takes_data
 def inspect(
-    data: Annotated[str, typer.Argument(help="Any data set that `dalle train` reads.")], as_json: Json = False
+    source: Any,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Folder, Hub id or `bundled`: how well its dVAE shows the pictures."),
+    ] = None,
+    as_json: Json = False,
 ) -> None:
-    """Print counts, picture sizes, caption lengths and problems."""
+    """Print counts, splits and why, picture sizes, caption lengths, problems, and whether train takes the data."""
     log_to_stderr(as_json)
     from dalle.data.inspect import inspect as look
-    from dalle.data.pairs import read_pairs
+    from dalle.evaluation.protocols import psnr_of_pairs
+    from dalle.pipeline import DallePipeline
 
-    found = look(read_pairs(data))
+    pairs = source.read()
+    found = look(pairs, max_bad=source.max_bad)
+    psnr = None
+    if model is not None:
+        pipe = DallePipeline.from_pretrained(None if model == "bundled" else model)
+        psnr = psnr_of_pairs(pipe.dvae, pairs)
     if as_json:
-        print_json(found.to_json())
-    else:
-        print("\n".join(found.lines()))
+        print_json(found.to_json() | ({} if psnr is None else {"psnr": psnr}))
+        return
+    print("\n".join(found.lines()))
+    if psnr is not None:
+        print(f"dVAE      PSNR of your pictures through this dVAE: {psnr:.1f} dB")
 
 
+@takes_data
 def filter_data(
-    data: Annotated[str, typer.Argument(help="Any data set that `dalle train` reads.")],
+    source: Any,
     out: Annotated[Path, typer.Option(help="New folder; it names the pairs, and copies no picture.")],
     against: Annotated[
         list[str] | None, typer.Option(help="A further evaluation set, whose pictures train must not hold.")
@@ -56,7 +72,7 @@ def filter_data(
     compared_by = None if ranker is None else Ranker.from_pretrained(model_folder(ranker))
     if compared_by is not None:
         compared_by.clip.to(device_named(device))
-    pairs = read_pairs(data)
+    pairs = source.read(exclude=(str(out),))
     others = [read_pairs(other) for other in against or []]
     describe = None if compared_by is None else compared_by.describe
     with RowsBar("filtering", as_json) as progress:

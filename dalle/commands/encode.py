@@ -1,15 +1,17 @@
 """`dalle encode`: turn pictures into tokens once."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from dalle.commands.console import Device, Json, Model, RowsBar, launched, log_to_stderr, print_json
+from dalle.commands.data_options import takes_data
 
 
+@takes_data
 def encode(
-    data: Annotated[str, typer.Argument(help="Any data set that `dalle train` reads.")],
+    source: Any,
     out: Annotated[Path, typer.Option(help="Folder for the token shards.")],
     model: Model = None,
     crop: Annotated[str, typer.Option(help="center, or paper (Listing 2).")] = "center",
@@ -19,7 +21,7 @@ def encode(
 ) -> None:
     """Encode pictures to tokens once; the same command goes on where it stopped."""
     log_to_stderr(as_json)
-    from dalle.data.pairs import read_pairs
+    from dalle.data.contents import check_contents
     from dalle.data.tokens import TokenStore, encode_part
     from dalle.pipeline import DallePipeline
     from dalle.training.processes import joined
@@ -28,8 +30,10 @@ def encode(
     with joined(world, place), RowsBar("encoding", as_json or not world.is_main) as progress:
         if crop not in ("center", "paper"):
             raise ValueError(f"--crop {crop!r} is unknown: use center or paper")
-        pairs = read_pairs(data)
-        pairs.require_mostly_good()
+        found = source.read(exclude=(str(out),))
+        found.require_mostly_good(source.max_bad)
+        with world.main_first():
+            pairs = check_contents(found, out / "data.jsonl")
         dvae = DallePipeline.from_pretrained(model, device=place).dvae
         folder = encode_part(
             pairs,
@@ -40,6 +44,7 @@ def encode(
             progress=progress,
             rank=world.rank,
             n_processes=world.size,
+            max_bad=source.max_bad,
         )
     if not world.is_main:
         return
@@ -47,7 +52,7 @@ def encode(
     summary = {
         "folder": str(store.folder),
         "pictures": len(store.valid),
-        "bad": len(store.keys) - len(store.valid),
+        "bad": len(pairs.bad) + len(store.keys) - len(store.valid),
     }
     if as_json:
         print_json(summary)

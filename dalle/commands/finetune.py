@@ -2,17 +2,19 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from dalle.commands.console import Device, Dtype, Json, launched, log_to_stderr, print_folder, training_dtype
+from dalle.commands.data_options import takes_data
 
 
+@takes_data
 def finetune(
-    data: Annotated[str, typer.Argument(help="Any data set that `dalle train` reads: 20 to 5,000 pictures.")],
+    source: Any,
     out: Annotated[Path, typer.Option(help="Model folder to write; the same command resumes.")],
-    source: Annotated[
+    start: Annotated[
         str | None,
         typer.Option("--from", help="Model folder or Hub id to start from; the bundled model if left out."),
     ] = None,
@@ -38,13 +40,13 @@ def finetune(
     world, place = launched(device)
     if place.type == "cpu":
         keep_freed_memory()
-    given = None if source == "bundled" else source
+    given = None if start == "bundled" else start
     base = model_folder(given)
     name = "bundled" if given is None else base.resolve().name if Path(given).is_dir() else given
     try:
         with joined(world, place):
             folder = run(
-                data,
+                source,
                 out,
                 base,
                 name=name,

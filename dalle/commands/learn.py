@@ -2,15 +2,17 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from dalle.commands.console import Device, Dtype, Json, launched, log_to_stderr, print_folder, training_dtype
+from dalle.commands.data_options import takes_data
 
 
+@takes_data
 def train(
-    data: Annotated[str, typer.Argument(help="Folder, table, tar shards, COCO captions or Hub data set id.")],
+    source: Any,
     out: Annotated[Path, typer.Option(help="Model folder; the same command resumes.")],
     preset: Annotated[str, typer.Option(help="tiny, laptop, gpu, paper, or a .toml file.")] = "laptop",
     stages: Annotated[
@@ -44,7 +46,7 @@ def train(
         with joined(world, place):
             recipe = load_recipe(preset, settings or [])
             folder = run(
-                data,
+                source,
                 out,
                 recipe,
                 init_from=bundled_folder()

@@ -11,22 +11,28 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from PIL.Image import Image
 from pydantic import Field
 
-from dalle import files
+from dalle import files, images
 from dalle.config import Config
 from dalle.data.duplicates import CLIP_SIMILARITY, HASH_SIMILARITY, Describe, Known, hashes
 from dalle.data.language import language_of
-from dalle.data.layouts import Row
-from dalle.data.pairs import Pair, PairSet
+from dalle.data.pair import Pair
+from dalle.data.pairs import PairSet
+from dalle.data.reading import read_chunks
 from dalle.data.selection import common_folder, write_selection
 
+DUPLICATE = "near-duplicate of an evaluation picture"
 CHUNK = 64  # pictures that are open at once
+MAX_SHOWN, SHEET_SIDE, SHEET_COLUMNS = (
+    64,
+    96,
+    8,
+)  # of duplicates.png: pairs, pixels of a picture, pictures a row
 MAX_SIDE = 256  # pixels that a picture is compared at
 
 MONTH = r"(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)\.?"  # noqa: E501
@@ -55,9 +61,7 @@ class FilterSettings(Config):
     languages: tuple[str, ...] = (
         "en",
     )  # ISO 639-1; empty: any. A caption whose language is undecided is kept
-    drop_boilerplate: bool = (
-        True  # settled: a date or file name, and fewer than min_words besides set phrases
-    )
+    drop_boilerplate: bool = True  # a date or file name, and no word besides set phrases
     max_aspect_ratio: float = Field(2.0, ge=1)  # App. C: the longer side over the shorter
     drop_duplicates: bool = True  # of train, what nearly equals a picture of another split or of --against
     similarity: float | None = Field(
@@ -84,6 +88,8 @@ class Filtering:
         lines += [f"dropped   {n} {reason}" for reason, n in self.dropped.items()]
         lines += [f"captions  {n} more: {reason}" for reason, n in self.captions_dropped.items()]
         lines += [f"language  {self.captions_undecided} captions kept, though undecided"]
+        if self.dropped.get(DUPLICATE):
+            lines += [f"look at   {self.folder}/duplicates.png: what was dropped, beside what it equals"]
         return [*lines, f"skipped   {self.unreadable} bad samples of the source", self.folder]
 
     def to_json(self) -> dict[str, object]:
@@ -96,20 +102,18 @@ def caption_problem(caption: str, settings: FilterSettings) -> str | None:
     words = WORDS.findall(caption)
     if len(words) < settings.min_words:
         return "caption too short"
-    if settings.drop_boilerplate and is_boilerplate(caption, settings.min_words):
-        return "caption mostly boiler-plate"
+    if settings.drop_boilerplate and is_boilerplate(caption):
+        return "caption is boiler-plate"
     language = language_of(caption) if settings.languages else None
     if language is not None and language not in settings.languages:
         return "caption in another language"
     return None
 
 
-def is_boilerplate(caption: str, min_words: int) -> bool:
-    """Whether a caption holds a date or a file's name, and besides it and set phrases fewer than `min_words` words."""
+def is_boilerplate(caption: str) -> bool:
+    """Whether a caption holds a date or a file's name, and no word besides it and set phrases."""
     rest, n_dates = DATES.subn(" ", FILE_NAMES.sub(" 2000 ", caption))
-    return n_dates > 0 and sum(word.lower() not in BOILERPLATE for word in WORDS.findall(rest)) < max(
-        min_words, 1
-    )
+    return n_dates > 0 and all(word.lower() in BOILERPLATE for word in WORDS.findall(rest))
 
 
 def filter_pairs(
@@ -123,9 +127,10 @@ def filter_pairs(
 ) -> Filtering:
     """Write the pairs that pass as a data set by reference into the new folder `out`.
 
-    Pictures stay where they are. `dropped.jsonl` names every pair that is left out, and why; `filter.json` holds
-    settings and counts. `against` are further evaluation sets; `describe` gives unit vectors of pictures, a CLIP's, and
-    perceptual hashes where it is left out. Captions are held in memory, pictures a few at a time.
+    Pictures stay where they are. `dropped.jsonl` names every pair that is left out, and why; `duplicates.png` shows up
+    to 64 near-duplicates, each beside the evaluation picture that it equals; `filter.json` holds settings and counts.
+    `against` are further evaluation sets; `describe` gives unit vectors of pictures, a CLIP's, and perceptual hashes
+    where it is left out. Captions are held in memory, pictures a few at a time.
     Raises ValueError where there is nothing to filter, nothing is kept, or `out` exists.
     """
     if not len(pairs):
@@ -140,6 +145,8 @@ def filter_pairs(
             kept = write_selection(folder, rows, source, Path(out))
         if not kept:
             raise ValueError(f"no pair is left of {len(pairs)}: {_listed(dict(run.dropped.most_common()))}")
+        if run.twins:
+            images.save_png(images.grid(run.twins, SHEET_COLUMNS), folder / "duplicates.png", None)
         filtering = Filtering(
             folder=str(out),
             read=len(pairs),
@@ -169,19 +176,25 @@ class _Filter:
         self.settings, self.describe = settings, describe or hashes
         self.similarity = settings.similarity or (CLIP_SIMILARITY if describe else HASH_SIMILARITY)
         self.known = Known()
+        self.remembered: list[Pair] = []  # those of `known`
+        self.twins: list[Image] = []  # dropped pictures, each before the one that it equals
         self.splits, self.dropped, self.captions_dropped = Counter[str](), Counter[str](), Counter[str]()
         self.n_undecided, self.n_seen, self.total, self.progress = 0, 0, total, progress
 
     def remember(self, pairs: PairSet) -> None:
         """Look for the pictures of another set, all of those that can be read."""
         for chunk in _opened(pairs.pairs):
-            good = [(pair.key, picture) for pair, picture, _ in chunk if not isinstance(picture, ValueError)]
+            good = [(pair, picture) for pair, picture, _ in chunk if not isinstance(picture, ValueError)]
             if good and self.settings.drop_duplicates:
-                self.known.add([key for key, _ in good], [picture for _, picture in good], self.describe)
+                self._remember([pair for pair, _ in good], [picture for _, picture in good])
             self._advance(len(chunk))
 
-    def passing(self, pairs: PairSet, drop: Callable[[dict[str, str]], object]) -> Iterator[Row]:
-        """The rows of the pairs that pass, evaluation pairs first; each other pair is given to `drop`."""
+    def _remember(self, pairs: Sequence[Pair], pictures: Sequence[Image]) -> None:
+        self.known.add([pair.key for pair in pairs], pictures, self.describe)
+        self.remembered += pairs
+
+    def passing(self, pairs: PairSet, drop: Callable[[dict[str, str]], object]) -> Iterator[Pair]:
+        """The pairs that pass, evaluation pairs first; each other pair is given to `drop`."""
         evaluation = [pair for pair in pairs if pair.split != "train"]
         training = [pair for pair in pairs if pair.split == "train"]
         for pair, captions, reason, detail in itertools.chain(
@@ -189,10 +202,7 @@ class _Filter:
         ):
             if reason is None:
                 self.splits[pair.split] += 1
-                yield Row(
-                    pair.key, captions, pair.split, pair.fields, os.path.abspath(pair.path), pair.offset,
-                    pair.n_bytes, pair.cell,
-                )  # fmt: skip
+                yield replace(pair, captions=captions, path=os.path.abspath(pair.path))
             else:
                 self.dropped[reason] += 1
                 drop({"key": pair.key, "reason": reason, **({"detail": detail} if detail else {})})
@@ -216,24 +226,30 @@ class _Filter:
                 for pair, picture, shape in chunk
                 if not isinstance(picture, ValueError) and self._fits(shape)
             ]
-            twins = dict[str, str | None]()
+            twins = dict[str, int | None]()
             if good and self.settings.drop_duplicates:
-                keys, pictures = [pair.key for pair, _ in good], [picture for _, picture in good]
+                own, pictures = [pair for pair, _ in good], [picture for _, picture in good]
                 if is_training:
-                    found = self.known.nearest(pictures, self.describe, self.similarity)
-                    twins = dict(zip(keys, found, strict=True))
+                    found = self.known.nearest_places(pictures, self.describe, self.similarity)
+                    twins = dict(zip((pair.key for pair in own), found, strict=True))
                 else:
-                    self.known.add(keys, pictures, self.describe)
+                    self._remember(own, pictures)
             for pair, picture, shape in chunk:
                 reason, detail = None, ""
                 if isinstance(picture, ValueError):
                     reason, detail = "picture unreadable", str(picture)
                 elif not self._fits(shape):
                     reason, detail = "picture too long", f"{shape[0]} x {shape[1]} pixels"
-                elif twins.get(pair.key) is not None:
-                    reason, detail = "near-duplicate of an evaluation picture", str(twins[pair.key])
+                elif (twin := twins.get(pair.key)) is not None:
+                    reason, detail = DUPLICATE, self.known.keys[twin]
+                    self._show(picture, self.remembered[twin])
                 yield pair, captions_of[pair.key], reason, detail
             self._advance(len(chunk))
+
+    def _show(self, dropped: Image, twin: Pair) -> None:
+        """Put a dropped picture and the one that it equals on the sheet, while there is room."""
+        if len(self.twins) < 2 * MAX_SHOWN:
+            self.twins += [images.center_crop(picture, SHEET_SIDE) for picture in (dropped, twin.open())]
 
     def _captions(self, pair: Pair) -> tuple[tuple[str, ...], str | None]:
         """The captions that pass, and where none does, why the first one did not."""
@@ -259,20 +275,20 @@ Opened = tuple[Pair, Image | ValueError, tuple[int, int]]  # with the sides befo
 
 
 def _opened(pairs: Sequence[Pair]) -> Iterator[list[Opened]]:
-    """Pictures in order, small, a chunk at a time, read by threads; the error instead of an unreadable one."""
-    with ThreadPoolExecutor(os.cpu_count() or 1) as readers:
-        for start in range(0, len(pairs), CHUNK):
-            yield list(readers.map(_open, pairs[start : start + CHUNK]))
+    """Pictures in order, small, a chunk at a time; the error instead of an unreadable one."""
+    start = 0
+    for chunk in read_chunks(pairs, CHUNK, _small):
+        found = zip(pairs[start : start + len(chunk)], chunk, strict=True)
+        yield [
+            (pair, read, (0, 0)) if isinstance(read, ValueError) else (pair, *read) for pair, read in found
+        ]
+        start += len(chunk)
 
 
-def _open(pair: Pair) -> Opened:
-    try:
-        picture = pair.open()
-    except ValueError as error:
-        return pair, error, (0, 0)
+def _small(pair: Pair, picture: Image) -> tuple[Image, tuple[int, int]]:
     shape = picture.size
     picture.thumbnail((MAX_SIDE, MAX_SIDE))  # enough to compare; a chunk of photographs would fill the memory
-    return pair, picture, shape
+    return picture, shape
 
 
 def _listed(counts: dict[str, int]) -> str:

@@ -1,107 +1,92 @@
-"""Parquet tables with the pictures embedded in them, the usual form on the Hugging Face Hub, read in place.
+"""Parquet and arrow tables with the pictures embedded in them, the usual forms on the Hugging Face Hub, read in place.
 
-Source: the Hub's `Image` feature, a struct of `bytes` and `path`; the Hub's rules for file names and splits
-(huggingface.co/docs/hub/datasets-file-names-and-splits).
+Source: the Hub's `Image` feature, a struct of `bytes` and `path`; arrow files as `datasets.save_to_disk` writes them.
 """
 
-import os
-import re
-import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from dataclasses import replace
 from typing import Any, NamedTuple
 
-from dalle.data.layouts import (
+from dalle.data.pair import BadSample, Pair, Rejected
+from dalle.data.places import Files
+from dalle.data.row_groups import (
+    UNREADABLE,
+    PictureColumn,
+    holds_bytes,
+    is_arrow,
+    leaf_column,
+    open_arrow,
+    open_parquet,
+    picture_column,
+)
+from dalle.data.samples import (
     CAPTION_COLUMNS,
     NOT_UTF8,
-    BadSample,
-    Rejected,
-    Row,
-    Rows,
+    ReadOptions,
+    Samples,
     caption_column,
-    checked_row,
+    column_of,
     is_unsafe,
-    open_parquet,
-    parquet_rows,
+    make_pair,
+    no_caption_column,
     printable,
 )
+from dalle.data.tables import parquet_rows
 
-SPLIT_WORDS = {  # the Hub's words for its three splits
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-}
-MAX_KEPT_BYTES = 256 * 2**20  # of row groups in memory
-MIN_KEPT_GROUPS = 2  # readers in parallel meet at the border of two, however large these are
-
-# pyarrow's errors are subclasses of these
-UNREADABLE = (OSError, ValueError, NotImplementedError)
+KEY_COLUMNS = ("__key__", "key", "id", "image_id", "uid")  # a sample's own key, where its picture has no path
 
 
 class PictureTable(NamedTuple):
-    """A parquet file with a column of pictures."""
+    """A parquet or arrow file with a column of pictures."""
 
-    path: Path
+    path: str
     label: str  # "/"-separated path below the source
-    picture: str  # the column of structs with `bytes`
+    picture: PictureColumn
     caption: str | None  # the column of captions; None: there is none
     columns: tuple[str, ...]  # all of them
     read: tuple[str, ...]  # what is read with a row: neither the picture nor other columns of bytes
 
 
-def picture_tables(root: Path, names: Iterable[str]) -> tuple[list[PictureTable], list[BadSample]]:
-    """Those of the parquet files `names` below `root` that hold pictures, and those that cannot be read.
+def picture_tables(
+    files: Files, names: Iterable[str], options: ReadOptions
+) -> tuple[list[PictureTable], list[BadSample]]:
+    """Those of the tables `names` that hold pictures, and those that cannot be read.
 
     Of several columns of pictures `image` is taken, else the first; of several caption columns the first of
-    CAPTION_COLUMNS.
+    CAPTION_COLUMNS; unless the options name others.
     """
     tables: list[PictureTable] = []
     unreadable: list[BadSample] = []
     for name in names:
         try:
-            with open_parquet(root / name) as file:
-                table = _picture_table(root / name, name, file.schema_arrow)
-        except Rejected as error:
-            unreadable.append(BadSample(printable(name), str(error)))
+            if is_arrow(name):
+                table = _picture_table(files, name, open_arrow(files.path(name)).schema, options)
+            else:
+                with open_parquet(files.path(name)) as file:
+                    table = _picture_table(files, name, file.schema_arrow, options)
+        except (OSError, ValueError) as error:
+            unreadable.append(BadSample(printable(name), str(error), is_container=True))
             continue
         if table is not None:
             tables.append(table)
     return tables, unreadable
 
 
-def _picture_table(path: Path, label: str, schema: Any) -> PictureTable | None:
-    from pyarrow import types
-
-    pictures = [
-        column.name
-        for column in schema
-        if types.is_struct(column.type)
-        and any(f.name == "bytes" and _holds_bytes(f.type) for f in column.type)
-    ]
-    if not pictures:
+def _picture_table(files: Files, label: str, schema: Any, options: ReadOptions) -> PictureTable | None:
+    picture = picture_column(schema, options.image_column)
+    if picture is None:
         return None
-    picture = "image" if "image" in pictures else pictures[0]
-    read = [column.name for column in schema if not _holds_bytes(column.type)]
-    if any(part.name == "path" for part in schema.field(picture).type):
-        read.append(f"{picture}.path")
-    return PictureTable(path, label, picture, caption_column(read), tuple(schema.names), tuple(read))
-
-
-def _holds_bytes(kind: Any) -> bool:
-    from pyarrow import types
-
-    if types.is_struct(kind):
-        return any(_holds_bytes(part.type) for part in kind)
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        return _holds_bytes(kind.value_type)
-    return bool(types.is_binary(kind) or types.is_large_binary(kind))
+    read = [column.name for column in schema if not holds_bytes(column.type)]
+    if picture.is_struct and any(part.name == "path" for part in schema.field(picture.name).type):
+        read.append(f"{picture.name}.path")
+    caption = caption_column(read, options)
+    return PictureTable(files.path(label), label, picture, caption, tuple(schema.names), tuple(read))
 
 
 # --- rows ---
 
 
-def read_tables(tables: Sequence[PictureTable]) -> Rows:
+def read_tables(tables: Sequence[PictureTable], options: ReadOptions) -> Samples:
     """The rows of all tables; keys are table, row number and, where there is one, the picture's own path.
 
     The row number stands before the path so that the order of the keys is that of the file: whoever reads the
@@ -109,57 +94,53 @@ def read_tables(tables: Sequence[PictureTable]) -> Rows:
     """
     if all(table.caption is None for table in tables):
         raise ValueError(
-            f"no captions found: {tables[0].path} has columns {', '.join(tables[0].columns)}; "
-            f"beside the pictures it needs one of {', '.join(CAPTION_COLUMNS)}"
+            f"no captions found: {tables[0].path} has columns {', '.join(tables[0].columns)}; beside the pictures it "
+            f"needs one of {options.caption_column or ', '.join(CAPTION_COLUMNS)} (or name it with --caption-column)"
         )
-    splits = splits_of_names([table.label for table in tables])
+    seen: dict[tuple[str, ...], int] = {}  # how many samples without a key of their own have these captions
     for table in tables:
         if table.caption is None:
-            yield BadSample(
-                printable(table.label), f"no caption column; looked for {', '.join(CAPTION_COLUMNS)}"
-            )
-        else:
-            yield from _read_table(table, table.caption, splits[table.label])
+            yield BadSample(printable(table.label), no_caption_column(options), is_container=True)
+            continue
+        for found in _read_table(table, table.caption, options):
+            if isinstance(found, Pair) and not found.sample:
+                n = seen[found.captions] = seen.get(found.captions, -1) + 1
+                found = replace(found, sample="\n".join((*found.captions, str(n))))
+            yield found
 
 
-def splits_of_names(labels: Iterable[str]) -> dict[str, str | None]:
-    """The split of each table by its path, such as data/train-00000-of-00001.parquet or test/0000.parquet.
-
-    All None when `train` is the only split named: so the Hub calls a set that is not divided at all.
-    """
-    named = {label: _named_split(label) for label in labels}
-    names = set(named.values()) - {None}
-    if names == {"train"} or names.isdisjoint(SPLIT_WORDS.values()):
-        return dict.fromkeys(named)
-    return named
-
-
-def _named_split(label: str) -> str | None:
-    path = PurePosixPath(label)
-    for part in (path.name, *reversed(path.parent.parts)):  # the file name first, then the nearest folder
-        word = re.match(r"[a-z]+", part.lower())
-        if word and word.group() in SPLIT_WORDS:
-            return SPLIT_WORDS[word.group()]
-    other = re.fullmatch(r"(.+)-\d+-of-\d+", path.stem)  # testA-00000-of-00001: must not become train
-    return other.group(1) if other else None
-
-
-def _read_table(table: PictureTable, caption: str, split: str | None) -> Rows:
+def _read_table(table: PictureTable, caption: str, options: ReadOptions) -> Samples:
+    if is_arrow(table.path):
+        whole = open_arrow(table.path)
+        lengths = _lengths(leaf_column(whole, table.picture))
+        plain = [name for name in table.read if "." not in name or name in table.columns]
+        cells = whole.select(plain)
+        paths = [None] * whole.num_rows
+        if f"{table.picture.name}.path" in table.read:
+            struct = whole.select([table.picture.name]).flatten()
+            paths = struct.column(f"{table.picture.name}.path").to_pylist()
+        for row, record in enumerate(parquet_rows(cells)):
+            if record is not None:
+                record[table.picture.name] = {"path": paths[row]}
+            key = f"{table.label}/{row:0{len(str(whole.num_rows))}}"
+            yield _row(table, key, caption, record, lengths[row], (0, row), options)
+        return
     with open_parquet(table.path) as file:
         n_digits = len(str(file.metadata.num_rows))
         start = 0
         for group in range(file.num_row_groups):
             n_rows = file.metadata.row_group(group).num_rows
             try:
-                sizes = _picture_sizes(file, group, f"{table.picture}.bytes")
+                sizes = _picture_sizes(file, group, table.picture)
                 cells = file.read_row_group(group, columns=list(table.read))
             except UNREADABLE as error:
-                place = f"{table.label}/{start:0{n_digits}}"
-                yield BadSample(printable(place), f"{n_rows} rows from here cannot be read: {error}")
+                for row in range(start, start + n_rows):  # pictures are counted, not row groups
+                    reason = f"its row group cannot be read: {error}"
+                    yield BadSample(printable(f"{table.label}/{row:0{n_digits}}"), reason)
             else:
                 for row, record in enumerate(parquet_rows(cells)):
                     key = f"{table.label}/{start + row:0{n_digits}}"
-                    yield _row(table, key, caption, split, record, sizes[row], (group, row))
+                    yield _row(table, key, caption, record, sizes[row], (group, row), options)
             start += n_rows
 
 
@@ -167,29 +148,33 @@ def _row(
     table: PictureTable,
     key: str,
     caption: str,
-    split: str | None,
     record: dict[str, Any] | None,
     n_bytes: int | None,
     cell: tuple[int, int],
-) -> Row | BadSample:
+    options: ReadOptions,
+) -> Pair | BadSample:
     try:
         if record is None:
             raise Rejected(NOT_UTF8)
-        picture: Mapping[str, Any] = record.pop(table.picture, None) or {}
+        picture: Mapping[str, Any] = record.pop(table.picture.name, None) or {}
         path = picture.get("path")
-        if isinstance(path, str) and path and not is_unsafe(path):
-            key = f"{key}/{path}"
+        sample = ""
+        if isinstance(path, str) and path:
+            if not is_unsafe(path):
+                key, sample = f"{key}/{path}", path
+        elif (column := column_of(record, KEY_COLUMNS)) is not None and record[column] is not None:
+            sample = str(record[column])
         if n_bytes is None:
             raise Rejected("the row holds no picture; a path alone is not read")
-        if record.get("split") in (None, ""):
-            record["split"] = split
-        row = checked_row(key, record.pop(caption), record, str(table.path), n_bytes)
-        return row._replace(cell=cell)
+        pair = make_pair(
+            key, record.pop(caption), record, table.path, n_bytes, sample=sample, home=table.label
+        )
+        return replace(pair, cell=cell, column=options.image_column, sample=pair.sample if sample else "")
     except Rejected as error:
         return BadSample(printable(key), str(error))
 
 
-def _picture_sizes(file: Any, group: int, column: str) -> list[int | None]:
+def _picture_sizes(file: Any, group: int, picture: PictureColumn) -> list[int | None]:
     """Bytes of the pictures of a row group; None where there is none.
 
     Lengths are known only by reading all pictures. Where none is missing or empty they are set to equal shares of the
@@ -197,62 +182,16 @@ def _picture_sizes(file: Any, group: int, column: str) -> list[int | None]:
     """
     description = file.metadata.row_group(group)
     chunks = [description.column(index) for index in range(description.num_columns)]
-    chunk = next(chunk for chunk in chunks if chunk.path_in_schema == column)
+    chunk = next(chunk for chunk in chunks if chunk.path_in_schema == picture.leaf)
     known = chunk.statistics if chunk.is_stats_set else None
     if known and known.has_null_count and known.null_count == 0 and known.has_min_max and known.min:
         share, rest = divmod(chunk.total_uncompressed_size, description.num_rows)
         return [share + (row < rest) for row in range(description.num_rows)]
+    return _lengths(leaf_column(file.read_row_group(group, columns=[picture.leaf]), picture))
+
+
+def _lengths(pictures: Any) -> list[int | None]:
     from pyarrow import compute
 
-    pictures = file.read_row_group(group, columns=[column]).flatten().column(0)
     lengths: list[int | None] = compute.binary_length(pictures).to_pylist()
     return lengths
-
-
-# --- pictures ---
-
-
-class _RowGroups:
-    """The pictures of the row groups used last; a row group is the least that can be read of a file."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # threads that want the same group wait for one to read it
-        self._kept: OrderedDict[tuple[str, int, int, int], Any] = OrderedDict()
-
-    def pictures(self, path: str, group: int) -> Any:
-        status = os.stat(path)
-        key = (path, status.st_size, status.st_mtime_ns, group)
-        with self._lock:
-            if key not in self._kept:
-                self._kept[key] = _read_pictures(Path(path), group)
-            self._kept.move_to_end(key)
-            while len(self._kept) > MIN_KEPT_GROUPS and self._n_bytes() > MAX_KEPT_BYTES:
-                self._kept.popitem(last=False)
-            return self._kept[key]
-
-    def _n_bytes(self) -> int:
-        return sum(pictures.nbytes for pictures in self._kept.values())
-
-
-_row_groups = _RowGroups()
-
-
-def _read_pictures(path: Path, group: int) -> Any:
-    with open_parquet(path) as file:
-        table = _picture_table(path, path.name, file.schema_arrow)
-        if table is None or group >= file.num_row_groups:
-            raise ValueError(f"{path} has changed: it has no pictures in row group {group}")
-        return file.read_row_group(group, columns=[f"{table.picture}.bytes"]).flatten().column(0)
-
-
-def read_picture(path: str, cell: tuple[int, int]) -> bytes:
-    """The bytes of the picture in (row group, row of it) of a table; ValueError when there is none."""
-    group, row = cell
-    try:
-        pictures = _row_groups.pictures(path, group)
-    except (Rejected, *UNREADABLE) as error:
-        raise ValueError(f"row group {group} of {path} cannot be read: {error}") from error
-    picture = pictures[row].as_py() if row < len(pictures) else None
-    if not isinstance(picture, bytes):
-        raise ValueError(f"{path} has changed: it has no picture in row {row} of row group {group}")
-    return picture

@@ -4,18 +4,16 @@ Source: the second training stage sees images only as tokens (paper section 2, A
 processes encode, each the shards whose number it leaves as a remainder; each shard goes on where it was stopped, by
 as many processes as before or by others.
 
-FOLDER/tokens/HASH/  store.json  tokens-SHARD.npy  progress-SHARD.json
+FOLDER/tokens/HASH/  store.json  tokens-SHARD.npy  progress-SHARD.json (rows done, invalid ones, sha256 of the rows)
 Shapes: M pictures, B batch, G grid side.
 """
 
 import hashlib
-import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,15 +21,16 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 
 from dalle import files, images, weights
-from dalle.data.pairs import BadSampleLog, Pair, PairSet
+from dalle.data.pair import Pair
+from dalle.data.pairs import PairSet
+from dalle.data.reading import MAX_BAD_FRACTION, BadSampleLog, read_chunks
 from dalle.dvae import DiscreteVAE
 from dalle.image_tokenizer import ImageTokenizer
 
 Crop = Literal["paper", "center", "near"]  # Listing 2; the whole central square; nearly the whole of it
 
-FORMAT = 2  # of a store; part of its settings
+FORMAT = 3  # of a store; part of its settings
 BATCHES_PER_FLUSH = 8  # what a kill can cost each process at most
-N_READERS = 8  # threads that decode and crop pictures while the dVAE encodes
 MIN_SHARD, MAX_SHARD, N_SHARDS = 256, 16384, 64  # pictures a shard, and how many shards that is meant to give
 
 
@@ -65,7 +64,7 @@ class TokenStore:
     """A finished store: its `tokens` (M, G, G), the `keys` of their rows, `valid` row numbers.
 
     Rows of pictures that could not be read are zero and not in `valid`. `settings` says what made the store.
-    Raises ValueError when the folder holds no finished store.
+    Raises ValueError when the folder holds no finished store, or a shard whose bytes are not those that were written.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -77,16 +76,19 @@ class TokenStore:
         self.settings: dict[str, object] = description["settings"]
         parts = _shards(len(self.keys), description["shard_size"])
         found = [_read_progress(self.folder, shard) for shard in range(len(parts))]
-        n_done = sum(n for n, _ in found)
+        n_done = sum(progress.n_done for progress in found)
         if n_done != len(self.keys):
             raise ValueError(f"{folder} holds {n_done} of {len(self.keys)} pictures: encode again to go on")
         shards = [np.load(_file(self.folder, shard), mmap_mode="r") for shard in range(len(parts))]
         if [len(shard) for shard in shards] != [len(part) for part in parts]:
             n_rows = sum(len(shard) for shard in shards)
             raise ValueError(f"{folder} is damaged: {n_rows} rows for {len(self.keys)} keys; delete it")
+        for shard, (rows, progress) in enumerate(zip(shards, found, strict=True)):
+            if hashlib.sha256(rows.data).hexdigest() != progress.sha256:
+                raise _damaged(self.folder, shard)
         self.tokens = Tokens(shards, np.arange(len(self.keys)))
         is_valid = np.ones(len(self.keys), dtype=bool)
-        is_valid[[row for _, invalid in found for row in invalid]] = False
+        is_valid[[row for progress in found for row in progress.invalid]] = False
         self.valid: NDArray[np.int64] = np.flatnonzero(is_valid)
 
     def __len__(self) -> int:
@@ -105,6 +107,7 @@ def encode_part(
     rank: int = 0,
     n_processes: int = 1,
     shard_size: int | None = None,
+    max_bad: float = MAX_BAD_FRACTION,
 ) -> Path:
     """Encode the shards of process `rank` into `folder`/tokens/HASH/, which is returned.
 
@@ -113,18 +116,18 @@ def encode_part(
     pictures that are done, and of all. `shard_size` (pictures) is for a store that is not there yet.
 
     Unreadable pictures and, by process 0, the samples that `pairs` skipped go to `folder`/bad_samples.jsonl, those of
-    other processes to bad_samples-RANK.jsonl; ValueError when they are more than 1 %.
+    other processes to bad_samples-RANK.jsonl; ValueError when they are more than max(5, `max_bad` of all).
     """
-    if not len(pairs):
-        raise ValueError("there are no pictures to encode: the set is empty")
     if seed < 0 or batch_size < 1:
         raise ValueError(f"seed is {seed}, batch_size {batch_size}; they have to be >= 0 and >= 1")
     if dvae.n_codes > 2**16:
         raise ValueError(f"the dVAE has {dvae.n_codes} codes; a token store holds at most {2**16}")
+    bad_samples = _log_of_bad_samples(Path(folder), pairs, rank, n_processes, max_bad)
+    if not len(pairs):
+        raise ValueError("there are no pictures to encode: the set is empty")
     settings = _settings(pairs, dvae, crop, seed)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     store = Path(folder) / "tokens" / digest[:12]
-    bad_samples = _log_of_bad_samples(Path(folder), pairs, rank, n_processes)
     parts = _open_or_create(store, settings, pairs, shard_size)
     own = range(rank, len(parts), n_processes)
     n_before, n_own = 0, sum(len(parts[shard]) for shard in own)
@@ -152,18 +155,25 @@ def _encode_shard(
     say: Callable[[int], None],
 ) -> None:
     """Encode those of a shard's rows that are not on disk yet; `say` is called with the number that are."""
-    n_done, invalid = _read_progress(store, shard)
-    if n_done == len(rows):
+    progress = _read_progress(store, shard)
+    if progress.n_done == len(rows):
         return
-    grid = dvae.grid_size
-    if n_done == 0:
+    grid, row_bytes = dvae.grid_size, 2 * dvae.grid_size**2
+    if progress.n_done == 0:
         np.lib.format.open_memmap(_file(store, shard), mode="w+", dtype="<u2", shape=(len(rows), grid, grid))
     with _file(store, shard).open("r+b") as file:
-        row_bytes = 2 * grid**2
         header_bytes = os.fstat(file.fileno()).st_size - len(rows) * row_bytes
+        file.seek(header_bytes)
+        digest = hashlib.sha256(file.read(progress.n_done * row_bytes))
+        if progress.n_done and digest.hexdigest() != progress.sha256:
+            raise _damaged(store, shard)
+        n_done, invalid = progress.n_done, list(progress.invalid)
         left = pairs.pairs[rows.start + n_done : rows.stop]
-        batches = _batches(left, dvae.image_size, crop, seed, batch_size)
-        for n_batch, batch in enumerate(batches, start=1):
+
+        def prepare(pair: Pair, picture: Image) -> Image:
+            return _cropped(pair, picture, dvae.image_size, crop, seed)
+
+        for n_batch, batch in enumerate(read_chunks(left, batch_size, prepare), start=1):
             readable = [row for row, picture in enumerate(batch) if isinstance(picture, Image)]
             tokens = np.zeros((len(batch), grid, grid), dtype="<u2")  # (B, G, G)
             if readable:
@@ -172,11 +182,11 @@ def _encode_shard(
                 if isinstance(picture, ValueError):
                     bad_samples.add(pairs[row].key, str(picture))
                     invalid.append(row)
-            file.seek(header_bytes + n_done * row_bytes)
             file.write(tokens.tobytes())
+            digest.update(tokens.tobytes())
             n_done += len(batch)
             if n_batch % BATCHES_PER_FLUSH == 0 or n_done == len(rows):
-                _record_progress(store, shard, file, n_done, invalid)
+                _record_progress(store, shard, file, _Progress(n_done, invalid, digest.hexdigest()))
             say(n_done)
 
 
@@ -194,13 +204,14 @@ def _settings(pairs: PairSet, dvae: ImageTokenizer, crop: Crop, seed: int) -> di
     }
 
 
-def _log_of_bad_samples(folder: Path, pairs: PairSet, rank: int, n_processes: int) -> BadSampleLog:
+def _log_of_bad_samples(
+    folder: Path, pairs: PairSet, rank: int, n_processes: int, limit: float
+) -> BadSampleLog:
     """Each process's own: of its share of the pictures as many may be bad as of all."""
     keys = {pair.key for pair in pairs} | {sample.key for sample in pairs.bad}
     file = f"bad_samples-{rank}.jsonl" if rank else "bad_samples.jsonl"
-    log = BadSampleLog(folder / file, (len(pairs) + len(pairs.bad)) // n_processes, keys=keys)
-    for sample in pairs.bad if rank == 0 else ():
-        log.add(sample.key, sample.reason)
+    log = BadSampleLog(folder / file, (len(pairs) + len(pairs.bad)) // n_processes, limit, keys=keys)
+    log.add_all(pairs.bad if rank == 0 else ())
     return log
 
 
@@ -231,44 +242,35 @@ def _file(store: Path, shard: int) -> Path:
     return store / f"tokens-{shard:05d}.npy"
 
 
-def _read_progress(store: Path, shard: int) -> tuple[int, list[int]]:
-    """How many rows of a shard are on disk, and which of the store's rows are invalid among them."""
+class _Progress(NamedTuple):
+    """How far a shard is."""
+
+    n_done: int  # rows on disk
+    invalid: list[int]  # those of the store's rows that are invalid among them
+    sha256: str  # of the rows on disk
+
+
+def _damaged(store: Path, shard: int) -> ValueError:
+    return ValueError(
+        f"{_file(store, shard)} is not what was written: its sha256 differs. Delete it and "
+        f"progress-{shard:05d}.json beside it, and run the same command to encode these pictures again"
+    )
+
+
+def _read_progress(store: Path, shard: int) -> _Progress:
     path = store / f"progress-{shard:05d}.json"
     if not path.is_file():
-        return 0, []
-    progress = files.read_json(path)
-    return progress["n_done"], progress["invalid"]
+        return _Progress(0, [], "")
+    return _Progress(**files.read_json(path))
 
 
-def _record_progress(store: Path, shard: int, file: BinaryIO, n_done: int, invalid: list[int]) -> None:
+def _record_progress(store: Path, shard: int, file: BinaryIO, progress: _Progress) -> None:
     file.flush()
     os.fsync(file.fileno())  # the rows have to be on disk before a file says that they are
-    files.write_json(store / f"progress-{shard:05d}.json", {"n_done": n_done, "invalid": invalid})
+    files.write_json(store / f"progress-{shard:05d}.json", progress._asdict())
 
 
-def _batches(
-    pairs: Sequence[Pair], size: int, crop: Crop, seed: int, batch_size: int
-) -> Iterator[list[Image | ValueError]]:
-    """Cropped pictures in order, read by threads one batch ahead; the error instead of an unreadable one."""
-    with ThreadPoolExecutor(min(N_READERS, os.cpu_count() or 1)) as readers:
-
-        def submit(start: int) -> list[Future[Image | ValueError]]:
-            chunk = pairs[start : start + batch_size]
-            return [readers.submit(_read, pair, size, crop, seed) for pair in chunk]
-
-        ahead = submit(0)
-        for start in itertools.count(batch_size, batch_size):
-            if not ahead:
-                return
-            current, ahead = ahead, submit(start)
-            yield [picture.result() for picture in current]
-
-
-def _read(pair: Pair, size: int, crop: Crop, seed: int) -> Image | ValueError:
-    try:
-        image = pair.open()
-    except ValueError as error:
-        return error
+def _cropped(pair: Pair, image: Image, size: int, crop: Crop, seed: int) -> Image:
     if crop == "center":
         return images.center_crop(image, size)
     # differs: the paper draws a new crop each time it sees a picture; a store keeps one, drawn from the seed

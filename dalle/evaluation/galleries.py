@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from dalle.data.pairs import Pair, PairSet
+from dalle.data.pair import Pair
+from dalle.data.pairs import PairSet
 from dalle.evaluation.metrics import thumbnails
 from dalle.evaluation.pictures import PictureReader
 

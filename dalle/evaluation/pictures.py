@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from PIL.Image import Image
 from torch import Tensor
 
 from dalle import images
-from dalle.data.pairs import Pair
+from dalle.data.pair import Pair
+from dalle.data.reading import read_chunks
 
 BATCH = 64  # pictures read at once
-N_READERS = 8
 
 
 @dataclass
@@ -26,16 +24,14 @@ class PictureReader:
 
     def batches(self, pairs: Sequence[Pair]) -> Iterator[tuple[list[int], Tensor]]:
         """Positions in `pairs` of up to 64 readable pictures, and the pictures (B, 3, H, W) in [0, 1]."""
-        with ThreadPoolExecutor(min(N_READERS, os.cpu_count() or 1)) as readers:
-            for start in range(0, len(pairs), BATCH):
-                found = list(readers.map(self._read, pairs[start : start + BATCH]))
-                readable = [(start + i, image) for i, image in enumerate(found) if image is not None]
-                if readable:
-                    yield [i for i, _ in readable], images.to_tensor([image for _, image in readable])
-
-    def _read(self, pair: Pair) -> Image | None:
-        try:
-            return images.center_crop(pair.open(), self.size)
-        except ValueError as error:
-            self.unreadable[pair.key] = str(error)
-            return None
+        start = 0
+        for chunk in read_chunks(pairs, BATCH, lambda _, picture: images.center_crop(picture, self.size)):
+            good: dict[int, Image] = {}
+            for position, found in enumerate(chunk, start):
+                if isinstance(found, ValueError):
+                    self.unreadable[pairs[position].key] = str(found)
+                else:
+                    good[position] = found
+            start += len(chunk)
+            if good:
+                yield list(good), images.to_tensor(list(good.values()))

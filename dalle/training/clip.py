@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dalle import images
 from dalle.clip import CLIP, resized
-from dalle.data.pairs import BadSampleLog, Pair
+from dalle.data.pair import Pair
+from dalle.data.reading import BadSampleLog
 from dalle.dvae import DiscreteVAE
 from dalle.evaluation.protocols import first_captions
 from dalle.evaluation.sheets import pairs_sheet, spread

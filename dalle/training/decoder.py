@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dalle import images
-from dalle.data.pairs import BadSampleLog, Pair
+from dalle.data.pair import Pair
+from dalle.data.reading import BadSampleLog
 from dalle.dvae import Decoder, DiscreteVAE, relaxed_pixels
 from dalle.evaluation.protocols import decode, measure_reconstruction, reconstruct
 from dalle.evaluation.sheets import pairs_sheet, spread

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dalle import images
-from dalle.data.pairs import BadSampleLog, Pair
+from dalle.data.pair import Pair
+from dalle.data.reading import BadSampleLog
 from dalle.dvae import DOWNSAMPLING, DiscreteVAE
 from dalle.evaluation.metrics import INK_BELOW
 from dalle.evaluation.protocols import measure_reconstruction, reconstruct

@@ -18,6 +18,7 @@ from pydantic import model_validator
 
 from dalle import files, images, weights
 from dalle.config import differences, override, validate
+from dalle.data.source import Source
 from dalle.dvae import DiscreteVAE
 from dalle.evaluation.protocols import measure_reconstruction
 from dalle.evaluation.sheets import spread
@@ -95,7 +96,7 @@ class FinetuneRecipe(Recipe):
 
 
 def finetune(
-    data: str,
+    data: str | Source,
     out: Path,
     base: Path,
     *,
@@ -116,11 +117,11 @@ def finetune(
     VerifiedFolder(base)  # every file as its manifest says
     with train.locked(out, world):
         given = train.init_identity(base, out, "--from")
-        pairs = train.read(data)
-        learned, held_out = train.split(data, pairs)
+        source = Source.of(data)
+        pairs, bad = train.read(source, out, world)
+        learned, held_out = train.split(source, pairs)
         recipe = recipe_for(base, len(learned), settings)
         train.refuse_unequal_parts(recipe, world)
-        bad = train.log_of_bad(out, pairs, world)
         begun = out / "run" / "config.json"
         before = files.read_json(begun).get("finetune") if begun.is_file() else None
         if before is None:
@@ -133,7 +134,7 @@ def finetune(
         run = Run(
             out,
             recipe,
-            data,
+            source,
             pairs,
             learned,
             held_out,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dalle import files, images
 from dalle.clip import CLIP
-from dalle.data.pairs import Pair
+from dalle.data.pair import Pair
 from dalle.dvae import DiscreteVAE
 from dalle.evaluation.protocols import reconstruct
 from dalle.evaluation.sheets import spread

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dalle.data.pairs import Pair
+from dalle.data.pair import Pair
 from dalle.training.processes import ALONE, World
 from dalle.training.recipe import Balance
 
@@ -25,8 +25,10 @@ def _group(pair: Pair, index: int, balance: Balance | None) -> tuple[object, ...
 def epoch_line(pairs: Sequence[Pair], balance: Balance | None) -> str:
     """Say how many of the pictures an epoch has, and why."""
     n_epoch = Order(pairs, 0, balance).n_epoch
-    if balance is None:
+    if balance is None and n_epoch == len(pairs):
         return f"an epoch has all {len(pairs):,} pictures to learn from"
+    if balance is None:
+        return f"an epoch has {n_epoch:,} of {len(pairs):,} pictures to learn from, by the weights of their data sets"
     fields = " and ".join(balance.fields)
     n_without = sum(_group(pair, index, balance)[0] == "alone" for index, pair in enumerate(pairs))
     without = f"; {n_without:,} have none of these fields and always count" if n_without else ""
@@ -39,6 +41,7 @@ def epoch_line(pairs: Sequence[Pair], balance: Balance | None) -> str:
 class Order:
     """Shuffled epochs over `pairs`; with a balance, large groups of alike pictures give a few members an epoch each.
 
+    Of data sets with several weights the heaviest gives all its pictures each epoch, the others their share of them.
     A picture that has none of the balance's fields is a group of its own.
 
     An epoch's last pictures are left out where it is no multiple of `multiple`, so that no run of so many, counted
@@ -58,11 +61,17 @@ class Order:
     ) -> None:
         self.seed, self.world = seed, world
         self.cap = balance.cap if balance else 1
-        groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
+        groups: dict[tuple[float, tuple[object, ...]], list[int]] = defaultdict(list)
         for index, pair in enumerate(pairs):
-            groups[_group(pair, index, balance)].append(index)
-        self.groups = [np.array(members) for members in groups.values()]
-        n_chosen = sum(min(self.cap, len(members)) for members in self.groups)
+            groups[pair.weight, _group(pair, index, balance)].append(index)
+        self.groups: dict[float, list[np.ndarray]] = defaultdict(list)  # by the weight of their data set
+        for (weight, _), members in groups.items():
+            self.groups[weight].append(np.array(members))
+        self.n_of_weight = {
+            weight: max(1, round(sum(min(self.cap, len(m)) for m in alike) * weight / max(self.groups)))
+            for weight, alike in self.groups.items()
+        }
+        n_chosen = sum(self.n_of_weight.values())
         self.n_epoch = n_chosen - n_chosen % multiple  # pictures an epoch
         if self.n_epoch == 0:
             raise ValueError(
@@ -75,12 +84,20 @@ class Order:
         cached = self._cached  # read once: another prefetch thread may be at the next epoch already
         if cached is None or cached[0] != number:
             generator = rng(self.seed, "order", number)
-            chosen = [
-                members if len(members) <= self.cap else generator.choice(members, self.cap, replace=False)
-                for members in self.groups
-            ]
+            chosen = [self._chosen(weight, generator) for weight in self.groups]
             cached = self._cached = (number, generator.permutation(np.concatenate(chosen)))
         return cached[1]
+
+    def _chosen(self, weight: float, generator: np.random.Generator) -> np.ndarray:
+        """The pictures of one epoch from the data sets of one weight."""
+        chosen = np.concatenate(
+            [
+                members if len(members) <= self.cap else generator.choice(members, self.cap, replace=False)
+                for members in self.groups[weight]
+            ]
+        )
+        n = self.n_of_weight[weight]
+        return chosen if n == len(chosen) else generator.choice(chosen, n, replace=False)
 
     def batch(self, number: int, size: int) -> list[tuple[int, int]]:
         """The (epoch, picture index) of this process's members of micro-batch `number`, which has `size` in all.

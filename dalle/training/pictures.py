@@ -3,6 +3,7 @@
 Shapes: B batch, H and W picture sides in pixels.
 """
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -11,10 +12,12 @@ from PIL.Image import Image
 from torch import Tensor
 
 from dalle import images
-from dalle.data.pairs import BadSampleLog, Pair
+from dalle.data.pair import Pair
+from dalle.data.reading import BadSampleLog, in_chunks
 from dalle.training.order import Order, rng
 from dalle.training.prefetch import Prefetch
 
+CHUNK = 64  # held-out pictures read ahead
 MAX_CACHE_BYTES = 2**31  # of pictures kept in memory
 BYTES_A_PIXEL = 4  # of a PIL picture
 
@@ -86,13 +89,14 @@ def load_all(
     Raises ValueError when none can be read.
     """
     kept, pictures = [], []
-    for pair in pairs:
-        try:
-            pictures.append(read(pair))
-            kept.append(pair)
-        except ValueError as error:
-            reason = str(error)
+    found = itertools.chain.from_iterable(in_chunks(pairs, CHUNK, read))
+    for pair, picture in zip(pairs, found, strict=True):
+        if isinstance(picture, ValueError):
+            reason = str(picture)
             bad.add(pair.key, reason)
+        else:
+            pictures.append(picture)
+            kept.append(pair)
     if not pictures:
         raise ValueError(f"no held-out picture can be read, the last because: {reason}")
     return kept, images.to_tensor(pictures)

@@ -9,7 +9,9 @@ import torch
 
 from dalle import files, manifest
 from dalle.config import differences
-from dalle.data.pairs import BadSampleLog, PairSet
+from dalle.data.pairs import PairSet
+from dalle.data.reading import BadSampleLog
+from dalle.data.source import Source
 from dalle.training.processes import ALONE, World
 from dalle.training.recipe import Recipe
 
@@ -24,7 +26,7 @@ class Run:
 
     out: Path
     recipe: Recipe
-    data: str
+    data: Source
     pairs: PairSet
     train: list[Any]
     held_out: list[Any]
@@ -41,7 +43,7 @@ class Run:
     @property
     def data_name(self) -> str:
         """What a card calls the data: no path of this machine."""
-        return f"`{Path(self.data).name}`"
+        return f"`{self.data.name}`"
 
     @property
     def folder(self) -> Path:

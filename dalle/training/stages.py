@@ -316,6 +316,7 @@ def _encode(run: Run, dvae: DiscreteVAE) -> list[TokenStore]:
             progress=None if run.quiet else _encoding_lines(name),
             rank=run.world.rank,
             n_processes=run.world.size,
+            max_bad=run.data.max_bad,
         )
         for i, name in enumerate(names)
     ]

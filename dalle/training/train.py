@@ -18,7 +18,11 @@ from filelock import FileLock, Timeout
 
 from dalle import files
 from dalle.config import differences
-from dalle.data.pairs import BadSampleLog, Pair, PairSet, read_pairs
+from dalle.data.contents import MAX_DECODED, check_contents
+from dalle.data.pair import Pair
+from dalle.data.pairs import PairSet
+from dalle.data.reading import BadSampleLog
+from dalle.data.source import Source
 from dalle.generation.precision import has_native_bfloat16
 from dalle.generation.request import ModelDefaults
 from dalle.model_folder import read_index, write_index, write_ranker_index
@@ -44,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(
-    data: str,
+    data: str | Path | Source,
     out: Path,
     recipe: Recipe,
     *,
@@ -74,14 +78,14 @@ def train(
     stages = _with_settings(recipe, stages)
     with locked(out, world):
         given = init_identity(init_from, out)
-        pairs = read(data)
+        source = Source.of(data)
+        pairs, bad = read(source, out, world)
         refuse_other_settings(out, identity(recipe, pairs, dtype, given), world)
-        learned, held_out = split(data, pairs)
-        bad = log_of_bad(out, pairs, world)
+        learned, held_out = split(source, pairs)
         run = Run(
             out,
             recipe,
-            data,
+            source,
             pairs,
             learned,
             held_out,
@@ -94,7 +98,7 @@ def train(
             stages,
             base=init_from.name if init_from else None,
         )
-        logger.info("%s: %s", data, epoch_line(learned, recipe.balance))
+        logger.info("%s: %s", source, epoch_line(learned, recipe.balance))
         train_stages(run)
         finish(run)
     return out
@@ -182,18 +186,30 @@ def train_stages(run: Run) -> None:
         clip_stage(run, tokenizer, dvae)
 
 
-def read(data: str) -> PairSet:
-    """Read the captioned pictures that a run is made from; ValueError when too many are bad."""
-    pairs = read_pairs(data)
-    pairs.require_mostly_good()
+def read(data: Source, out: Path, world: World) -> tuple[PairSet, BadSampleLog]:
+    """Read and hash the captioned pictures that a run is made from, and open the list of the bad ones.
+
+    Each process has a list of its own; those skipped on reading are in it. Raises ValueError when too many are bad, or
+    when the run in `out` was begun with other contents.
+    """
+    begun = out / "run" / "config.json"
+    with world.main_first():  # the others find the pictures hashed
+        found = data.read(exclude=(str(out),))
+        pairs = check_contents(found, out / "run" / "data.jsonl", must_match=begun.exists())
+    file = f"bad_samples-{world.rank}.jsonl" if world.rank else "bad_samples.jsonl"  # what each process meets
+    keys = {pair.key for pair in pairs} if len(found) > MAX_DECODED else set()  # else they are readable
+    keys |= {sample.key for sample in pairs.bad}
+    bad = BadSampleLog(out / "run" / file, len(pairs) + len(pairs.bad), data.max_bad, keys)
+    bad.add_all(pairs.bad)
+    pairs.require_mostly_good(data.max_bad)
     counts = ", ".join(f"{split} {count}" for split, count in sorted(pairs.counts.items()))
     logger.info("%s: %d captioned pictures (%s); training uses split train", data, len(pairs), counts)
     if pairs.bad:
         logger.warning("%s: %d bad samples are left out; see run/bad_samples.jsonl", data, len(pairs.bad))
-    return pairs
+    return pairs, bad
 
 
-def split(data: str, pairs: PairSet) -> tuple[list[Pair], list[Pair]]:
+def split(data: Source, pairs: PairSet) -> tuple[list[Pair], list[Pair]]:
     """Return the pairs to learn from and those held out; ValueError when there are none of either."""
     learned = [pair for pair in pairs if pair.split == "train"]
     held_out = [pair for pair in pairs if pair.split == "validation"]
@@ -204,15 +220,6 @@ def split(data: str, pairs: PairSet) -> tuple[list[Pair], list[Pair]]:
             f"{data}: training needs pictures of split train and some held out; found {counts or 'none'}"
         )
     return learned, held_out
-
-
-def log_of_bad(out: Path, pairs: PairSet, world: World) -> BadSampleLog:
-    """Open the list of samples that turn out bad, each process's own; those skipped on reading are in it."""
-    file = f"bad_samples-{world.rank}.jsonl" if world.rank else "bad_samples.jsonl"
-    bad = BadSampleLog(out / "run" / file, total=len(pairs) + len(pairs.bad))
-    for sample in pairs.bad:
-        bad.add(sample.key, sample.reason)
-    return bad
 
 
 def identity(recipe: Recipe, pairs: PairSet, dtype: torch.dtype, given: dict[str, str]) -> dict[str, Any]:

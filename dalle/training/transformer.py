@@ -11,7 +11,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from dalle.data.pairs import Pair
+from dalle.data.pair import Pair
 from dalle.data.tokens import Tokens
 from dalle.dvae import DiscreteVAE
 from dalle.evaluation.protocols import decode, first_captions, measure_losses

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalle.data.pairs import Pair
+from dalle.data.pair import Pair
 from dalle.generation.precision import has_native_bfloat16
 from dalle.generation.sampling import inverse_cdf
 from dalle.tokenizer import Tokenizer
