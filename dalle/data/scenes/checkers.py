@@ -13,13 +13,14 @@ from PIL import Image
 
 from dalle.data.art.captions import to_lab
 from dalle.data.scenes.colours import colour_shares, ground_word, ranked_words, word_index
-from dalle.data.scenes.components import Mask, region_sizes
+from dalle.data.scenes.components import Mask, label_regions, region_sizes
 from dalle.data.scenes.scene import Relation, Scene, Size
 
 Pixels = npt.NDArray[np.uint8]
 
 _SIDE = 64
 _INK = 18.0  # distance in Lab from the ground, above which a pixel is ink
+_FAINT = 0.3  # and at least this share of the 95th percentile: a stained ground is no ink
 _MIN_INK = 40  # pixels of 64 x 64: less is no thing but a stain
 _MIN_PART = 0.08  # of the ink: less of a colour is no thing of that colour
 _MIN_REGION = 0.35  # of the largest region: a smaller one is a splinter and is not counted
@@ -40,7 +41,7 @@ class Reading:
     @property
     def ink(self) -> Mask:
         """The pixels (64, 64) that are not ground."""
-        found: Mask = self.distance > _INK
+        found: Mask = self.distance > max(_INK, _FAINT * float(np.percentile(self.distance, 95)))
         return found
 
 
@@ -78,10 +79,11 @@ def has_count(picture: Pixels, count: int) -> bool:
 
 def has_size(picture: Pixels, size: Size) -> bool:
     """Return whether the ink of a picture of one thing spans much of it (big) or little (small)."""
-    ink = read(picture).ink
-    if ink.sum() < _MIN_INK:
+    labels = label_regions(read(picture).ink)
+    names, counts = np.unique(labels[labels > 0], return_counts=True)
+    if not len(names) or counts.max() < _MIN_INK / 2:
         return False
-    rows, columns = np.nonzero(ink)
+    rows, columns = np.nonzero(np.isin(labels, names[counts >= _MIN_REGION * counts.max()]))
     extent = max(_spread(rows), _spread(columns)) / _SIDE
     return extent >= _BIG if size == "big" else extent <= _SMALL
 

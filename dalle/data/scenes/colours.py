@@ -47,7 +47,8 @@ _ALIKE = (
 )
 CONFUSABLE = frozenset(frozenset(pair) for words in _ALIKE for pair in combinations(words, 2))
 
-_MIN_CONTRAST = 25.0  # of lightness in Lab, 0 to 100
+_MIN_CONTRAST = 55.0  # in Lab, of a thing and its ground
+_MIN_LIGHTNESS = 25.0  # of that, for letters: difference in lightness, 0 to 100
 
 _THINGS_LAB = to_lab(np.array([*THING_COLOURS.values(), (255, 255, 255)]))
 _GROUNDS_LAB = to_lab(np.array(list(GROUND_COLOURS.values())))
@@ -60,10 +61,21 @@ def are_distinct(first: str, second: str) -> bool:
     return first != second and frozenset((first, second)) not in CONFUSABLE
 
 
+def stands_out(word: str, ground: str) -> bool:
+    """Return whether a thing of a colour word is seen on a ground, and its colour told from the ground's."""
+    return are_distinct(word, ground) and float(np.linalg.norm(_from_ground(word, ground))) >= _MIN_CONTRAST
+
+
 def is_legible(word: str, ground: str) -> bool:
-    """Return whether letters of a colour word stand out from a ground by lightness, not by hue alone."""
-    lightness = to_lab(np.array([THING_COLOURS[word], GROUND_COLOURS[ground]]))[:, 0]
-    return bool(abs(lightness[0] - lightness[1]) >= _MIN_CONTRAST)
+    """Return whether letters of a colour word stand out from a ground, by lightness too."""
+    return stands_out(word, ground) and bool(abs(_from_ground(word, ground)[0]) >= _MIN_LIGHTNESS)
+
+
+def _from_ground(word: str, ground: str) -> npt.NDArray[np.float64]:
+    """Return the difference in Lab, (3,), of a thing's colour word and a ground's."""
+    thing, behind = _THINGS_LAB[_THING_WORDS.index(word)], _GROUNDS_LAB[_GROUND_WORDS.index(ground)]
+    difference: npt.NDArray[np.float64] = thing - behind
+    return difference
 
 
 def colour_shares(pixels: npt.NDArray[np.uint8]) -> dict[str, float]:

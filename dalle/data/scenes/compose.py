@@ -6,7 +6,7 @@ from typing import TypeVar
 import numpy as np
 
 from dalle.data.art.packages import DEFAULT_STYLES
-from dalle.data.scenes.colours import GROUND_COLOURS, THING_COLOURS, are_distinct, is_legible
+from dalle.data.scenes.colours import GROUND_COLOURS, THING_COLOURS, are_distinct, is_legible, stands_out
 from dalle.data.scenes.lettering import FONTS
 from dalle.data.scenes.library import Look
 from dalle.data.scenes.scene import KINDS, Kind, Relation, Scene, Size, Thing
@@ -25,7 +25,8 @@ _SHARES: Mapping[Kind, float] = {
     "top_bottom": 0.05,
 }
 _SHAPE_SHARE = 0.25  # of the things, the rest are drawings
-_COLOURED_GROUND = 0.3  # of the scenes of other kinds than ground
+_COLOURED_GROUND = 0.3  # of the scenes of other kinds than ground and word
+_COLOURED_GROUND_OF_WORDS = 0.15  # letters are hard enough
 _NONSENSE = 0.5  # of the words: random letters, so that letters are learned and not words
 _MAX_TRIES = 5000
 _COLOUR_STYLES = frozenset(style.name for style in DEFAULT_STYLES if style.is_colour)
@@ -112,9 +113,9 @@ class Composer:
             word = _choose(rng, self.words[length])
         colour, font = _choose(rng, list(THING_COLOURS)), _choose(rng, FONTS).name
         ground = "white"
-        if rng.random() < _COLOURED_GROUND:
+        if rng.random() < _COLOURED_GROUND_OF_WORDS:
             ground = _choose(rng, list(GROUND_COLOURS))
-            if not (are_distinct(colour, ground) and is_legible(colour, ground)):
+            if ground != "white" and not is_legible(colour, ground):
                 return None
         return Scene("word", (), ground, word=word, font=font, color=colour)
 
@@ -140,7 +141,7 @@ class Composer:
             grounds = [
                 word
                 for word in GROUND_COLOURS
-                if word != "white" and all(are_distinct(word, other) for other in shown)
+                if word != "white" and all(stands_out(other, word) for other in shown)
             ]
             if not grounds:
                 return None

@@ -22,11 +22,12 @@ _SMALL: Place = (0.5, 0.5, 0.32)
 _SIDE = 0.4  # of things in a row: what is left between two survives the blur of 64 pixels
 _ROW = ((0.25, 0.5, _SIDE), (0.75, 0.5, _SIDE))
 _COLUMN = ((0.5, 0.25, _SIDE), (0.5, 0.75, _SIDE))
+_COUNTED = 0.35  # of counted things: they must not touch
 _COUNTS: dict[int, tuple[Place, ...]] = {
     1: ((0.5, 0.5, 0.6),),
-    2: _ROW,
-    3: ((0.5, 0.25, _SIDE), (0.25, 0.75, _SIDE), (0.75, 0.75, _SIDE)),
-    4: ((0.25, 0.25, _SIDE), (0.75, 0.25, _SIDE), (0.25, 0.75, _SIDE), (0.75, 0.75, _SIDE)),
+    2: ((0.25, 0.5, _COUNTED), (0.75, 0.5, _COUNTED)),
+    3: ((0.5, 0.25, _COUNTED), (0.25, 0.75, _COUNTED), (0.75, 0.75, _COUNTED)),
+    4: ((0.25, 0.25, _COUNTED), (0.75, 0.25, _COUNTED), (0.25, 0.75, _COUNTED), (0.75, 0.75, _COUNTED)),
 }
 
 
