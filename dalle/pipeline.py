@@ -103,7 +103,7 @@ class DallePipeline:
             dtype: of the transformer: "float32", "bfloat16", "int8" (linear maps in 8 bits: faster for one or two
                 pictures on a CPU, at some loss), or "auto": the device's `default_dtype`.
             device: where to put the model.
-            native: draw with compiled attention, see `dalle.generation.native`.
+            native: draw with compiled attention, see `dalle.generation.kernels.native`.
             revision: branch, tag or commit on the Hub.
             cache_dir: of the Hub; HF_HOME and HF_HUB_OFFLINE are honoured.
 
@@ -126,7 +126,8 @@ class DallePipeline:
         device, transformer = torch.device(device), self.transformer
         if dtype is not None:
             self._has_auto_dtype = dtype == "auto"
-        target = as_dtype("auto" if self._has_auto_dtype else dtype or self.dtype, device)
+        wanted = "auto" if self._has_auto_dtype else dtype
+        target = self.dtype if wanted is None else as_dtype(wanted, device)
         held = held_dtype(target)
         if held.itemsize > held_dtype(self.dtype).itemsize and self._source is not None:
             transformer = self._load_transformer(held)

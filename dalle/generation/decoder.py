@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dalle.attention import ImageCache, Position
-from dalle.generation import native
-from dalle.generation.native import NativeSteps
+from dalle.generation.cache import ImageCache, Position
+from dalle.generation.kernels import native
+from dalle.generation.kernels.native import NativeSteps
 from dalle.transformer import Layer, Transformer
 
 Map = Callable[[Tensor], Tensor]  # a linear map or a norm, of (R, C)
@@ -56,7 +56,7 @@ class Stream:
         self.n_read: Position = 0  # image tokens taken in so far, the same for every picture
 
 
-class Decoder:
+class TransformerDecoder:
     """A transformer made ready to draw; it must be made anew when the weights change.
 
     With `is_int8` the weights of linear maps are rounded to 8 bits; captions are read with all of theirs. With
@@ -110,7 +110,7 @@ class Decoder:
         else:
             for layer, captions, images in zip(self._layers, stream.captions, stream.images, strict=True):
                 x = layer.attend(x, captions, images, position, stream.attend)
-                x = layer.think(x)
+                x = layer.mlp(x)
         stream.n_read += 1  # last: on a GPU, `position` is the same tensor
         return x
 
@@ -166,7 +166,7 @@ class _DecoderLayer:
         """x + W_out attention(LN(x)) for the tokens at raster index `position`: (R, C) -> (R, C)."""
         return x + self._out(attend(self._qkv(self._norm(x)), captions, images, position))
 
-    def think(self, x: Tensor) -> Tensor:
+    def mlp(self, x: Tensor) -> Tensor:
         """x + W_2 GELU(W_1 LN(x)), the same GELU as `MLPResblock`: (R, C) -> (R, C)."""
         inner = F.silu(self._expand(self._mlp_norm(x)).mul_(1.702), inplace=True).div_(1.702)  # (R, 4 C)
         return x + self._contract(inner)

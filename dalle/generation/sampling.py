@@ -134,7 +134,7 @@ def _cut(logits: Tensor, options: GenerationOptions) -> tuple[Tensor, Tensor | N
     return logits, tokens
 
 
-class Chooser:
+class TokenSampler:
     """Chooses the next token of pictures side by side, each with its own options.
 
     Guided pictures are read twice: the stream has a row for each picture, then one more for each guided picture,

@@ -68,7 +68,7 @@ class StageState:
 
 
 @dataclass
-class Look:
+class RunSnapshot:
     """What a run's folder says at one moment."""
 
     name: str
@@ -134,7 +134,7 @@ class Run:
         self._rewritten_at = 0
         self._bad_reasons: Counter[str] = Counter()
 
-    def look(self) -> Look:
+    def look(self) -> RunSnapshot:
         """Read what is new; what cannot be read is named in `problems`."""
         problems: list[str] = []
         with self._lock:
@@ -146,7 +146,7 @@ class Run:
                 problems.append(
                     f"{self._metrics.n_broken} lines of metrics.jsonl are not JSON and were left out"
                 )
-            return Look(
+            return RunSnapshot(
                 name=self.name,
                 updated_at=updated_at,
                 stages=list(_stages(config, records, self._rows)),

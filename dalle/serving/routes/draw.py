@@ -57,7 +57,7 @@ def router(state: State) -> APIRouter:
         n = count_candidates(wanted.num_images, wanted.num_candidates, state, "num_images")
         mailbox = Mailbox()
         job = await accept(state, n, mailbox, lambda: read(state, wanted, n), NAMES, keeps_candidates=True)
-        writer = Writer(state, job)
+        writer = PageEvents(state, job)
         return EventStream(state.queue, job, mailbox, writer.write, {"x-dalle-job": job.id})
 
     @routes.delete("/jobs/{job}")
@@ -113,7 +113,7 @@ def read(state: State, wanted: DrawBody, n_candidates: int) -> ImageRequest:
     )
 
 
-class Writer:
+class PageEvents:
     """Turns a job's events into the page's."""
 
     def __init__(self, state: State, job: Job) -> None:

@@ -16,7 +16,7 @@ from dalle.generation.recipe import Recipe
 from dalle.pipeline import DallePipeline
 from dalle.serving.errors import ServingError
 from dalle.serving.history import History, Picture
-from dalle.serving.routes.history import no_picture, told
+from dalle.serving.routes.history import history_errors, no_picture
 from dalle.serving.state import State
 
 N_READINGS = 64  # pictures whose numbers are kept: 20 kB each at a grid of 16
@@ -116,7 +116,7 @@ def router(state: State) -> APIRouter:
     @routes.get("/pictures/{id}/microscope")
     def look(id: str) -> dict[str, Any]:
         """What the transformer says of each cell of a picture."""
-        with told():
+        with history_errors():
             picture = state.history.get(id)
             if picture is None:
                 raise no_picture()

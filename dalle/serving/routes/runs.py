@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query, Response
 from dalle.serving.diagnosis import diagnose
 from dalle.serving.errors import ServingError
 from dalle.serving.state import State
-from dalle.serving.watch import MAX_STEP, SHEETS, Look, Run, Runs, StageState
+from dalle.serving.watch import MAX_STEP, SHEETS, Run, Runs, RunSnapshot, StageState
 
 
 def router(state: State) -> APIRouter:
@@ -71,7 +71,7 @@ def router(state: State) -> APIRouter:
     return routes
 
 
-def summary(run: Run, look: Look) -> dict[str, Any]:
+def summary(run: Run, look: RunSnapshot) -> dict[str, Any]:
     """A run in the listing: its stage is the one that trained last."""
     newest = next((stage for stage in reversed(look.stages) if stage.step), None)
     return {
@@ -87,7 +87,7 @@ def _stage(state: StageState) -> dict[str, Any]:
     return {"stage": state.stage, "status": state.status, "step": state.step, "steps": state.steps}
 
 
-def _codebook(look: Look) -> dict[str, Any] | None:
+def _codebook(look: RunSnapshot) -> dict[str, Any] | None:
     """How much of the codebook the dVAE uses, as last measured; None where no dVAE was trained."""
     rows = look.of("dvae")
     n_codes = next((stage.model.get("n_codes") for stage in look.stages if stage.stage == "dvae"), None)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from dalle.attention import ImageCache, Position, RecordedImageCache
+from dalle.generation.cache import ImageCache, Position, RecordedImageCache
 
 if TYPE_CHECKING:
     from dalle.generation.decoder import Group

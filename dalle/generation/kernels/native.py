@@ -23,7 +23,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from dalle.attention import ImageCache
+from dalle.generation.cache import ImageCache
 from dalle.transformer import Layer, Transformer
 
 SOURCE = Path(__file__).with_name("native.c")
