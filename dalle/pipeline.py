@@ -273,9 +273,7 @@ class DallePipeline:
             kept = {}
             for caption, vector in enumerate(vectors):
                 rows = [row for row in finished if row // n_candidates == caption]
-                parts = [rows[first : first + CHUNK] for first in range(0, len(rows), CHUNK)]
-                chunks = (sampler.decode_together(tokens[part]) for part in parts)
-                best = ranker.choose(vector, chunks, request.num_images_per_prompt, advance)
+                best = sampler.choose(ranker, vector, tokens[rows], request.num_images_per_prompt, advance)
                 kept |= {rows[place]: (score, rank) for rank, (place, score) in enumerate(best)}
         with threads(n_threads):
             pictures = sampler.pictures(tokens[[*kept]]) if output_type == "pil" else []
