@@ -27,16 +27,16 @@ class ImageCache:
         self.memory = like.new_zeros(2, n_heads, n_pictures, plan.n_slots, d_head)  # keys, then values
 
     def store_(self, position: Position, keys_values: Tensor) -> None:
-        """Takes in the keys and values, (2, H, R, D), of the image tokens at raster index `position`."""
+        """Take in the keys and values, (2, H, R, D), of the image tokens at raster index `position`."""
         self.memory[:, :, :, self.plan.slot(int(position))] = keys_values
 
     def visible(self, position: Position) -> Tensor:
-        """Gives the keys and values that the tokens at `position` may read, their own too: (2, H, R, W, D)."""
+        """Return the keys and values that the tokens at `position` may read, their own too: (2, H, R, W, D)."""
         slots = self.plan.visible_slots(int(position), self.memory.device)
         return self.memory[:, :, :, slots] if isinstance(slots, slice) else self.memory.index_select(3, slots)
 
     def bias(self, position: Position) -> Tensor | None:
-        """Gives what to add to the scores of `visible`, (W,): here nothing, all of it may be read."""
+        """Return what to add to the scores of `visible`, (W,): here nothing, all of it may be read."""
         return None
 
 
@@ -49,13 +49,13 @@ class RecordedImageCache(ImageCache):
 
     @classmethod
     def of(cls, cache: ImageCache) -> RecordedImageCache:
-        """Takes over a cache's memory."""
+        """Take over a cache's memory."""
         recorded = cls.__new__(cls)
         recorded.plan, recorded.memory = cache.plan, cache.memory
         return recorded
 
     def positions(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Gives on the device, for every position: its slot (N,), the slots it sees (N, W), and how many (N,); int64."""
+        """Return on the device, for every position: its slot (N,), the slots it sees (N, W), and how many (N,); int64."""
         slots, visible, _ = self.plan.tables(self.memory.device, self.memory.dtype)
         return slots, visible, self.plan.counts(self.memory.device)
 

@@ -78,7 +78,7 @@ class TransformerDecoder:
 
     @torch.no_grad()
     def start(self, text: Tensor, n_pictures: Sequence[int]) -> tuple[Tensor, Stream]:
-        """Reads captions (P, T) int64, each for `n_pictures` of its own -> states (R, C), and the stream to go on with.
+        """Read captions (P, T) int64, each for `n_pictures` of its own -> states (R, C), and the stream to go on with.
 
         Raises ValueError for captions that the transformer cannot read.
         """
@@ -102,7 +102,7 @@ class TransformerDecoder:
 
     @torch.no_grad()
     def step(self, tokens: Tensor, stream: Stream) -> Tensor:
-        """Takes in the next image token of each picture, (R,) int64 -> states (R, C) that predict the one after."""
+        """Take in the next image token of each picture, (R,) int64 -> states (R, C) that predict the one after."""
         position = stream.n_read
         x = F.embedding(tokens, self.transformer.image_token.weight) + self._positions[position]  # (R, C)
         if self._native is not None and stream.caption_of is not None:
@@ -116,7 +116,7 @@ class TransformerDecoder:
 
     @torch.no_grad()
     def norm(self, state: Tensor) -> Tensor:
-        """What the image head reads of states (R, C), float32: guidance mixes two of these, and the head is linear."""
+        """Return what the image head reads of states (R, C), float32: guidance mixes two of these, and the head is linear."""
         gain, bias, epsilon = self._last_norm
         return F.layer_norm(state.float(), gain.shape, gain, bias, epsilon)
 
@@ -130,7 +130,7 @@ class TransformerDecoder:
 
 
 def group(n_pictures: Sequence[int]) -> list[Group]:
-    """Joins neighbouring captions with equally many pictures, so that one matrix product serves them all."""
+    """Join neighbouring captions with equally many pictures, so that one matrix product serves them all."""
     groups, start = list[Group](), 0
     for caption, n in enumerate(n_pictures):
         last = groups[-1] if groups else None
@@ -253,7 +253,7 @@ def _linear(linear: nn.Linear) -> Map:
 
 
 def _int8_linear(linear: nn.Linear) -> Map:
-    """A linear map with weights in 8 bits and one scale an output, the largest weight at 127."""
+    """Return a linear map with weights in 8 bits and one scale an output, the largest weight at 127."""
     weight = linear.weight.detach().float()
     bias = None if linear.bias is None else linear.bias.detach()
     scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127  # (outputs,)

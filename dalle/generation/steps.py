@@ -56,7 +56,7 @@ class DecodingSteps:
         self._prepare()
 
     def _prepare(self) -> None:
-        """What a subclass does between the captions and the first token."""
+        """Do what a subclass does between the captions and the first token."""
 
     def advance_(self, position: int) -> None:
         """Draws the tokens at raster index `position`; the calls go through all of them in order."""

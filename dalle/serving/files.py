@@ -43,7 +43,7 @@ class SignedFiles:
         self._secret = secrets.token_bytes(32)
 
     def path(self, picture_id: str, look: OutputFormat) -> str:
-        """The path of a picture in the history, from now on."""
+        """Return the path of a picture in the history, from now on."""
         expires = int(self._clock()) + self._seconds
         facts = f"{picture_id}~{expires}~{look.side}~{look.compression}"
         return f"{PREFIX}{facts}~{self._sign(facts, look.format)}.{look.format}"

@@ -41,7 +41,7 @@ OWN = (
 
 
 def router(state: State) -> APIRouter:
-    """The routes."""
+    """Return the routes."""
     routes = APIRouter(prefix="/api")
     schema = DrawBody.model_json_schema()
 
@@ -70,7 +70,7 @@ def router(state: State) -> APIRouter:
 
 
 def describe(state: State) -> dict[str, Any]:
-    """What the page needs to know of the model and the server's limits."""
+    """Return what the page needs to know of the model and the server's limits."""
     pipe, config = state.pipe, state.pipe.transformer.config
     return {
         "model": pipe.name if pipe.name == "bundled" else pipe.name.rstrip("/").rpartition("/")[2],

@@ -26,7 +26,7 @@ class Change(Config):
 
 
 def router(state: State) -> APIRouter:
-    """The routes beneath /api/history, /api/pictures and /api/restore."""
+    """Return the routes beneath /api/history, /api/pictures and /api/restore."""
     routes = APIRouter(prefix="/api", tags=["history"])
     history = state.history
 
@@ -44,7 +44,7 @@ def router(state: State) -> APIRouter:
 
     @routes.get("/pictures/{id}.png")
     def png(id: str) -> Response:
-        """The PNG of a picture, with its recipe inside."""
+        """Return the PNG of a picture, with its recipe inside."""
         with history_errors():
             data = history.png(id)
         if data is None:
@@ -77,7 +77,7 @@ def router(state: State) -> APIRouter:
 
 
 def listed(picture: Picture) -> dict[str, Any]:
-    """A picture as the page sees it."""
+    """Return a picture as the page sees it."""
     return {
         "id": picture.id,
         "url": f"/api/pictures/{picture.id}.png",
@@ -93,7 +93,7 @@ def listed(picture: Picture) -> dict[str, Any]:
 
 
 def no_picture() -> ServingError:
-    """What is said of an id that no picture has."""
+    """Return what is said of an id that no picture has."""
     return ServingError(404, "there is no such picture; it may have been deleted", code="not_found")
 
 

@@ -51,7 +51,7 @@ OWNER = "dalle"
 
 
 def router(state: State, files: SignedFiles) -> APIRouter:
-    """The routes."""
+    """Return the routes."""
     routes, started_at = APIRouter(prefix="/v1"), int(time.time())
 
     @routes.post("/images/generations", openapi_extra=_body("application/json", GenerationBody))
@@ -173,12 +173,12 @@ def read_look(wanted: OpenAIImageBody, native: int) -> OutputFormat:
 
 
 def model_id(pipe: DallePipeline) -> str:
-    """The model's name for clients: never a path of this machine."""
+    """Return the model's name for clients: never a path of this machine."""
     return "dalle-bundled" if pipe.name == "bundled" else pipe.name.rstrip("/").rpartition("/")[2] or "dalle"
 
 
 def check_model(pipe: DallePipeline, name: str) -> None:
-    """A 404 `model_not_found` for another model than the one served; "dalle" is whichever that is."""
+    """Return a 404 `model_not_found` for another model than the one served; "dalle" is whichever that is."""
     if name not in ("dalle", model_id(pipe)):
         raise ServingError(
             404,
@@ -319,7 +319,7 @@ class OpenAIEvents:
         self._n_partial = 0
 
     def response(self, event: Settled) -> dict[str, Any]:
-        """The whole answer of a request without stream."""
+        """Return the whole answer of a request without stream."""
         return {
             "created": int(time.time()),
             "data": [self._datum(one) for one in event.pictures],
@@ -354,7 +354,7 @@ class OpenAIEvents:
 
 
 def encode(image: Image.Image, recipe: Mapping[str, Any] | None, look: OutputFormat) -> bytes:
-    """A picture as it is handed out, enlarged where that was asked for; a PNG holds its recipe."""
+    """Return a picture as it is handed out, enlarged where that was asked for; a PNG holds its recipe."""
     if image.width != look.side:
         image = image.resize((look.side, look.side), Image.Resampling.LANCZOS)
     if look.format == "png":
