@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dalle.attention import allowed_image_keys, layer_kinds
 from dalle.config import load_preset, validate
-from dalle.generation.decoder import Decoder
+from dalle.generation.decoder import TransformerDecoder
 from dalle.generation.engine import Engine, cache_bytes
 from dalle.generation.precision import decode_threads, default_dtype, threads
 from dalle.generation.request import GenerationOptions
@@ -196,16 +196,19 @@ def divergences() -> dict[str, float]:
     text = torch.stack([torch.as_tensor(pipe.tokenizer.pad(pipe.tokenizer.encode(one))) for one in CAPTIONS])
     tokens = pipe(CAPTIONS, num_images_per_prompt=8, output_type="tokens").tokens.flatten(1)
 
-    def predicted(decoder: Decoder) -> torch.Tensor:
+    def predicted(decoder: TransformerDecoder) -> torch.Tensor:
         state, stream = decoder.start(text, [8] * len(CAPTIONS))
         logits = [decoder.head(decoder.norm(state))]
         for column in tokens[:, :-1].T:
             logits.append(decoder.head(decoder.norm(decoder.step(column, stream))))
         return torch.stack(logits, 1).float().log_softmax(-1)
 
-    exact = predicted(Decoder(pipe.transformer))
+    exact = predicted(TransformerDecoder(pipe.transformer))
     half = copy.deepcopy(pipe.transformer).to(torch.bfloat16)
-    found = {"bfloat16": predicted(Decoder(half)), "int8": predicted(Decoder(half, is_int8=True))}
+    found = {
+        "bfloat16": predicted(TransformerDecoder(half)),
+        "int8": predicted(TransformerDecoder(half, is_int8=True)),
+    }
     return {name: float((exact.exp() * (exact - one)).sum(-1).mean()) for name, one in found.items()}
 
 

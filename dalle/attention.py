@@ -77,7 +77,7 @@ def layer_kinds(n_layers: int, pattern: str | Sequence[str]) -> tuple[LayerKind,
 
 
 def image_offsets(kind: str, grid: int, kernel: int) -> list[int]:
-    """Lists the offsets i - j, ascending from 0, at which an image token i sees the image token j.
+    """List the offsets i - j, ascending from 0, at which an image token i sees the image token j.
 
     Raises ValueError for an unknown kind or an even kernel. Source: figure 11; the conv set is the causal
     half of a `kernel` x `kernel` square around the token, flattened, so that it wraps over row ends like the
@@ -99,7 +99,7 @@ def image_offsets(kind: str, grid: int, kernel: int) -> list[int]:
 
 
 def allowed_image_keys(kind: str, position: int, grid: int, kernel: int) -> list[int]:
-    """Lists the raster indices, ascending and ending in `position`, that the image token at `position` sees.
+    """List the raster indices, ascending and ending in `position`, that the image token at `position` sees.
 
     Raises ValueError for an unknown kind, an even kernel or a position outside the grid. Source: figure 11.
     """
@@ -163,12 +163,12 @@ class AttentionPlan:
         self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor, Tensor]] = {}
 
     def mask(self, device: torch.device) -> Tensor:
-        """Gives `dense_mask` on `device`, bool (S, S)."""
+        """Return `dense_mask` on `device`, bool (S, S)."""
         draw = functools.partial(dense_mask, self.kind, self.n_text, self.grid, self.kernel)
         return self._make("mask", device, torch.bool, draw)
 
     def bias(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Gives what is added to the scores of the whole stream, 0 or -inf: (S, S)."""
+        """Return what is added to the scores of the whole stream, 0 or -inf: (S, S)."""
 
         def draw() -> Tensor:
             seen = dense_mask(self.kind, self.n_text, self.grid, self.kernel)
@@ -177,7 +177,7 @@ class AttentionPlan:
         return self._make("bias", device, dtype, draw)
 
     def window_bias(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Gives what is added to window scores, 0 or -inf: (G, G, K), K keys for a row; see `windows`."""
+        """Return what is added to window scores, 0 or -inf: (G, G, K), K keys for a row; see `windows`."""
         return self._make("window", device, dtype, self._draw_window_bias)
 
     def slot(self, position: int) -> int:
@@ -197,7 +197,7 @@ class AttentionPlan:
         return (position - reach[: bisect.bisect_right(self._offsets, position)]) % self.n_slots
 
     def tables(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Gives `slot` and `visible_slots` of every position as tensors: (N,), (N, W), and 0 or -inf, (N, W)."""
+        """Return `slot` and `visible_slots` of every position as tensors: (N,), (N, W), and 0 or -inf, (N, W)."""
         if (device, dtype) not in self._tables:
             slots, visible, counts = self.lists()
             width = visible.shape[1]
@@ -210,11 +210,11 @@ class AttentionPlan:
         return self._tables[device, dtype]
 
     def counts(self, device: torch.device) -> Tensor:
-        """Gives how many of the `visible_slots` in `tables` count, of every position: (N,) int64."""
+        """Return how many of the `visible_slots` in `tables` count, of every position: (N,) int64."""
         return self._make("counts", device, torch.int64, lambda: torch.tensor(self.lists()[2], device="cpu"))
 
     def lists(self) -> tuple[list[int], Tensor, list[int]]:
-        """Gives for every position its `slot`, its `visible_slots` (N, W) int64, and how many of them count."""
+        """Return for every position its `slot`, its `visible_slots` (N, W) int64, and how many of them count."""
         if self._lists is None:
             # The last image token is never read; a recorded step that follows it stores it all the same.
             read = [self.visible_slots(position, torch.device("cpu")) for position in range(self.n_image)]
@@ -225,7 +225,7 @@ class AttentionPlan:
         return self._lists
 
     def block_mask(self, device: torch.device) -> object:
-        """Gives the mask as FlexAttention's BlockMask, which lists the 128 x 128 tiles to visit."""
+        """Return the mask as FlexAttention's BlockMask, which lists the 128 x 128 tiles to visit."""
         if device not in self._block_masks:
             from torch.nn.attention.flex_attention import create_block_mask
 
@@ -334,7 +334,7 @@ def split_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Ten
 
 
 def windows(rows: Tensor, n_rows_back: int) -> Tensor:
-    """Gives each grid row the rows above it and itself: (B, H, G, G, D) -> (B, H, G, K, D).
+    """Give each grid row the rows above it and itself: (B, H, G, G, D) -> (B, H, G, K, D).
 
     K is (n_rows_back + 1) * G; rows above the picture are zeros. Shifted copies and not `unfold`, whose
     backward is slow on CPUs.
@@ -365,69 +365,3 @@ def _compiled_flex() -> Callable[..., object]:
     from torch.nn.attention.flex_attention import flex_attention as flex
 
     return torch.compile(flex, dynamic=False)
-
-
-# --- Image cache --------------------------------------------------------------------------------------------
-
-
-Position = int | Tensor  # a raster index; on a GPU as a tensor, see `RecordedImageCache`
-
-
-class ImageCache:
-    """Keys and values of the image tokens that later ones may still read, in one layer, for R half-drawn pictures.
-
-    It has as many slots as the mask reaches back, all taken at the start: nothing grows while a picture is drawn.
-    Where the mask allows all of them (row, dense) they are a ring; column layers keep column after column, so that
-    what a token reads lies together; the convolution picks from its ring. Softmax asks for no order.
-
-    Shapes: R pictures, W keys that a token sees, itself included, L slots.
-    """
-
-    def __init__(self, plan: AttentionPlan, n_pictures: int, n_heads: int, d_head: int, like: Tensor) -> None:
-        self.plan = plan
-        self.memory = like.new_zeros(2, n_heads, n_pictures, plan.n_slots, d_head)  # keys, then values
-
-    def store_(self, position: Position, keys_values: Tensor) -> None:
-        """Takes in the keys and values, (2, H, R, D), of the image tokens at raster index `position`."""
-        self.memory[:, :, :, self.plan.slot(int(position))] = keys_values
-
-    def visible(self, position: Position) -> Tensor:
-        """Gives the keys and values that the tokens at `position` may read, their own too: (2, H, R, W, D)."""
-        slots = self.plan.visible_slots(int(position), self.memory.device)
-        return self.memory[:, :, :, slots] if isinstance(slots, slice) else self.memory.index_select(3, slots)
-
-    def bias(self, position: Position) -> Tensor | None:
-        """Gives what to add to the scores of `visible`, (W,): here nothing, all of it may be read."""
-        return None
-
-
-class RecordedImageCache(ImageCache):
-    """An `ImageCache` whose positions are int64 tensors (1,) on the device and whose shapes never change.
-
-    `visible` always has as many keys as the widest step; `bias` is -inf where one is not to be read. So a step can
-    be recorded once, as a CUDA graph, and replayed at every position.
-    """
-
-    @classmethod
-    def of(cls, cache: ImageCache) -> "RecordedImageCache":
-        """Takes over a cache's memory."""
-        recorded = cls.__new__(cls)
-        recorded.plan, recorded.memory = cache.plan, cache.memory
-        return recorded
-
-    def positions(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Gives on the device, for every position: its slot (N,), the slots it sees (N, W), and how many (N,); int64."""
-        slots, visible, _ = self.plan.tables(self.memory.device, self.memory.dtype)
-        return slots, visible, self.plan.counts(self.memory.device)
-
-    def store_(self, position: Position, keys_values: Tensor) -> None:
-        slots, _, _ = self.plan.tables(self.memory.device, self.memory.dtype)
-        self.memory.index_copy_(3, slots[position], keys_values[:, :, :, None])
-
-    def visible(self, position: Position) -> Tensor:
-        _, visible, _ = self.plan.tables(self.memory.device, self.memory.dtype)
-        return self.memory.index_select(3, visible[position][0])
-
-    def bias(self, position: Position) -> Tensor | None:
-        _, _, bias = self.plan.tables(self.memory.device, self.memory.dtype)
-        return bias[position][0]

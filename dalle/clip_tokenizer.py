@@ -58,7 +58,7 @@ class CLIPTokenizer:
         return dict(self._bpe.get_vocab())
 
     def encode(self, caption: str) -> list[int]:
-        """The ids of a caption, without start and end."""
+        """Return the ids of a caption, without start and end."""
         caption = caption.encode("utf-8", "replace").decode()  # lone surrogates have no bytes
         caption = html.unescape(html.unescape(ftfy.fix_text(caption)))
         return list(self._bpe.encode(" ".join(caption.split()).lower()).ids)
@@ -78,7 +78,7 @@ class CLIPTokenizer:
         return row
 
     def __call__(self, caption: str, truncate: bool = False) -> npt.NDArray[np.int64]:
-        """A caption as the text tower reads it, (T,) int64; with `truncate` a long one is cut before its end."""
+        """Return a caption as the text tower reads it, (T,) int64; with `truncate` a long one is cut before its end."""
         ids = self.encode(caption)
         return self.pad(ids[: self.max_tokens - 2] if truncate else ids)
 
@@ -146,7 +146,7 @@ def _merges_of(text: str, path: Path) -> list[tuple[str, str]]:
 
 
 def _byte_symbols() -> list[str]:
-    """The printable stand-in of each byte, in the order of the ids: bytes that print first (GPT-2's alphabet)."""
+    """Return the printable stand-in of each byte, in the order of the ids: bytes that print first (GPT-2's alphabet)."""
     printing = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),

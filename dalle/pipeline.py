@@ -103,7 +103,7 @@ class DallePipeline:
             dtype: of the transformer: "float32", "bfloat16", "int8" (linear maps in 8 bits: faster for one or two
                 pictures on a CPU, at some loss), or "auto": the device's `default_dtype`.
             device: where to put the model.
-            native: draw with compiled attention, see `dalle.generation.native`.
+            native: draw with compiled attention, see `dalle.generation.kernels.native`.
             revision: branch, tag or commit on the Hub.
             cache_dir: of the Hub; HF_HOME and HF_HUB_OFFLINE are honoured.
 
@@ -126,7 +126,8 @@ class DallePipeline:
         device, transformer = torch.device(device), self.transformer
         if dtype is not None:
             self._has_auto_dtype = dtype == "auto"
-        target = as_dtype("auto" if self._has_auto_dtype else dtype or self.dtype, device)
+        wanted = "auto" if self._has_auto_dtype else dtype
+        target = self.dtype if wanted is None else as_dtype(wanted, device)
         held = held_dtype(target)
         if held.itemsize > held_dtype(self.dtype).itemsize and self._source is not None:
             transformer = self._load_transformer(held)
@@ -272,9 +273,7 @@ class DallePipeline:
             kept = {}
             for caption, vector in enumerate(vectors):
                 rows = [row for row in finished if row // n_candidates == caption]
-                parts = [rows[first : first + CHUNK] for first in range(0, len(rows), CHUNK)]
-                chunks = (sampler.decode_together(tokens[part]) for part in parts)
-                best = ranker.choose(vector, chunks, request.num_images_per_prompt, advance)
+                best = sampler.choose(ranker, vector, tokens[rows], request.num_images_per_prompt, advance)
                 kept |= {rows[place]: (score, rank) for rank, (place, score) in enumerate(best)}
         with threads(n_threads):
             pictures = sampler.pictures(tokens[[*kept]]) if output_type == "pil" else []

@@ -90,7 +90,7 @@ class StreamDropout(nn.Module):
         self.share = 0.0  # of the channels, 0..1
 
     def forward(self, x: Tensor) -> Tensor:
-        """Drops channels in training and scales up the others, (B, S, C) -> (B, S, C)."""
+        """Drop channels in training and scale up the others, (B, S, C) -> (B, S, C)."""
         if not self.training or self.share == 0:
             return x
         return x * F.dropout(x.new_ones(len(x), 1, x.shape[2]), self.share)
@@ -109,11 +109,11 @@ class AttentionResblock(nn.Module):
         self.dropout = StreamDropout()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Runs the whole stream, (B, S, C) -> (B, S, C)."""
+        """Run the whole stream, (B, S, C) -> (B, S, C)."""
         return self._add(x, attend(*self._project(x), self.plan))
 
     def prefill(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Runs the caption part, (B, 1 + T, C) -> (B, 1 + T, C), and gives its keys and values (B, H, 1 + T, D)."""
+        """Run the caption part, (B, 1 + T, C) -> (B, 1 + T, C), and return its keys and values (B, H, 1 + T, D)."""
         q, k, v = self._project(x)
         return self._add(x, attend(q, k, v, self.plan)), k, v
 
@@ -139,7 +139,7 @@ class MLPResblock(nn.Module):
         self.dropout = StreamDropout()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Runs any slots, (B, S, C) -> (B, S, C)."""
+        """Run any slots, (B, S, C) -> (B, S, C)."""
         branch: Tensor = self.expand(self.norm(x))  # (B, S, 4 C)
         # settled: GELU as x * sigmoid(1.702 x), Child et al. 5.2; silu(x) is x * sigmoid(x) in one kernel.
         branch = self.contract(F.silu(1.702 * branch) / 1.702)  # (B, S, C)
@@ -159,7 +159,7 @@ class Layer(nn.Module):
         self.mlp = MLPResblock(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Runs the whole stream, (B, S, C) -> (B, S, C)."""
+        """Run the whole stream, (B, S, C) -> (B, S, C)."""
         x = self.attention(x)
         x = self.mlp(x)
         return x
@@ -221,7 +221,7 @@ class Transformer(nn.Module):
             nn.init.normal_(head.weight, std=HEAD_SCALE / math.sqrt(width), generator=generator)
 
     def forward(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Gives the logits of every text and image token from all before it, in fp32.
+        """Return the logits of every text and image token from all before it, in fp32.
 
         `text` (B, T) ids 0 .. V - 1 with pads in place, `image` (B, N) ids 0 .. K - 1 in raster order, both
         int64 -> text logits (B, T, V), image logits (B, N, K). Raises ValueError for other shapes, and on CPU
@@ -238,7 +238,7 @@ class Transformer(nn.Module):
         return _logits(self.text_head, x[:, :n_text]), _logits(self.image_head, x[:, n_text:])
 
     def loss(self, text: Tensor, image: Tensor, read: Tensor | None = None) -> Losses:
-        """Gives the joint cross-entropy of a batch in nats per token; arguments and errors as `forward`.
+        """Return the joint cross-entropy of a batch in nats per token; arguments and errors as `forward`.
 
         With `read` (B, N) the model reads those image tokens, and has to tell those of `image` all the same.
         settled: pads are targets like other text tokens, as in other re-implementations. Source: section 2.2.
@@ -250,7 +250,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def prefill(self, text: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Reads captions (B, T): the state (B, C) that predicts the first image token, and each layer's keys and values.
+        """Read captions (B, T): the state (B, C) that predicts the first image token, and each layer's keys and values.
 
         Keys and values are (B, H, 1 + T, D); `dalle.generation.decoder` draws on from there. Raises ValueError for
         another shape, and on CPU for ids out of range.
@@ -269,18 +269,18 @@ class Transformer(nn.Module):
         return self.config.n_text_vocab + torch.arange(self.config.n_text_tokens)
 
     def set_dropout(self, share: float) -> None:
-        """Sets the share (0..1) of each resblock's output channels that training drops; 0 until set."""
+        """Set the share (0..1) of each resblock's output channels that training drops; 0 until set."""
         for module in self.modules():
             if isinstance(module, StreamDropout):
                 module.share = share
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json and model.safetensors to `folder`."""
+        """Write config.json and model.safetensors to `folder`."""
         weights.save_component(Path(folder), self.config, self.state_dict())
 
     @classmethod
     def from_pretrained(cls, folder: str | PathLike[str]) -> Self:
-        """Reads what `save_pretrained` wrote, in fp32 on the CPU, in eval mode. Raises ValueError if it is damaged."""
+        """Read what `save_pretrained` wrote, in fp32 on the CPU, in eval mode. Raises ValueError if it is damaged."""
         return weights.load_module(folder, TransformerConfig, cls, "transformer")
 
     def _embed_caption(self, text: Tensor) -> Tensor:
@@ -292,7 +292,7 @@ class Transformer(nn.Module):
         return torch.cat([self.start.weight.expand(len(text), 1, -1), tokens], dim=1)
 
     def image_positions(self) -> Tensor:
-        """What each place of the grid adds to its token's embedding, in raster order: (N, C)."""
+        """Return what each place of the grid adds to its token's embedding, in raster order: (N, C)."""
         return (self.image_row.weight[:, None] + self.image_column.weight).flatten(0, 1)
 
     def _embed_image(self, tokens: Tensor) -> Tensor:
@@ -325,7 +325,7 @@ class Transformer(nn.Module):
 
 
 def _logits(head: nn.Linear, x: Tensor) -> Tensor:
-    """Applies a head in fp32 or better whatever the model's dtype: 16-bit logits shift the loss (appendix D.2)."""
+    """Apply a head in fp32 or better whatever the model's dtype: 16-bit logits shift the loss (appendix D.2)."""
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
     with torch.autocast(x.device.type, enabled=False):
         if dtype is not None and x.requires_grad and head.weight.requires_grad:

@@ -10,7 +10,6 @@ from dalle.attention import (
     LAYER_KINDS,
     SPLIT_FROM_GRID,
     AttentionPlan,
-    ImageCache,
     allowed_image_keys,
     attend,
     dense_mask,
@@ -21,6 +20,7 @@ from dalle.attention import (
     masked_attention,
     split_attention,
 )
+from dalle.generation.cache import ImageCache
 
 
 def random_heads(plan: AttentionPlan, batch: int = 2, d_head: int = 8) -> list[Tensor]:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from dalle.attention import LAYER_KINDS
 from dalle.generation import decoder as decoder_file
-from dalle.generation import native
-from dalle.generation.decoder import Decoder, Group, Stream, group
+from dalle.generation.decoder import Group, Stream, TransformerDecoder, group
 from dalle.generation.engine import Engine
+from dalle.generation.kernels import native
 from dalle.generation.request import GenerationOptions
 from dalle.transformer import Transformer
 from tests.test_generation_engine import GRID, KINDS, N_CODES, N_TOKENS, build, captions
@@ -22,7 +22,7 @@ from tests.tiny import needs_compiler
 
 def stepped(transformer: Transformer, text: Tensor, image: Tensor, n_pictures: list[int]) -> Tensor:
     """Logits (R, N, K) by the decoder; captions (P, T), of as many pictures as `n_pictures` says."""
-    decoder = Decoder(transformer)
+    decoder = TransformerDecoder(transformer)
     state, stream = decoder.start(text, n_pictures)
     logits = [decoder.head(decoder.norm(state))]
     for position in range(N_TOKENS - 1):
@@ -61,7 +61,7 @@ def test_neighbours_with_equally_many_pictures_share_a_matrix_product() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_no_mask_allows_is_never_read(kind: str) -> None:
     transformer, text, image = build((kind, kind)).eval(), captions(1), pictures(2)
-    decoder = Decoder(transformer)
+    decoder = TransformerDecoder(transformer)
     state, stream = decoder.start(text, [2])
     for cache in stream.images:
         cache.memory.fill_(torch.nan)
@@ -96,8 +96,8 @@ def test_memory_is_the_same_after_the_first_row_and_at_the_end(kind: str) -> Non
 
 def test_a_captions_keys_are_kept_once_for_all_of_its_pictures() -> None:
     transformer = build()
-    _, one = Decoder(transformer).start(captions(1), [1])
-    _, many = Decoder(transformer).start(captions(1), [50])
+    _, one = TransformerDecoder(transformer).start(captions(1), [1])
+    _, many = TransformerDecoder(transformer).start(captions(1), [50])
 
     def caption_bytes(stream: Stream) -> int:
         return sum(x.nbytes for pair in stream.captions for x in pair)
@@ -161,7 +161,7 @@ def test_compiled_steps_in_bfloat16_are_as_near_to_float32_as_plain_ones(n_pictu
         expected = transformer(text, image)[1].log_softmax(-1)
     error = []
     for is_native in (False, True):
-        decoder = Decoder(transformer.to(torch.bfloat16), is_native=is_native)
+        decoder = TransformerDecoder(transformer.to(torch.bfloat16), is_native=is_native)
         state, stream = decoder.start(text, [n_pictures] * 2)
         assert (stream.caption_of is not None) == (is_native and n_pictures <= 4)
         for position in range(9):
@@ -209,7 +209,7 @@ def test_8_bits_predict_nearly_the_same_tokens() -> None:
         for parameter in transformer.parameters():
             parameter.mul_(0.4)  # not so wide that one weight decides
         expected = transformer(text, image)[1].log_softmax(-1)
-    decoder = Decoder(transformer.to(torch.bfloat16), is_int8=True)
+    decoder = TransformerDecoder(transformer.to(torch.bfloat16), is_int8=True)
     state, _ = decoder.start(text, [1, 1])
     found = decoder.head(decoder.norm(state)).float().log_softmax(-1)
     divergence = (expected[:, 0].exp() * (expected[:, 0] - found)).sum(-1)

@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+import dalle
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # Runs in a fresh interpreter. Third-party packages are imported first, so that only our own effects are seen.
@@ -110,3 +114,11 @@ def test_importing_the_package_alone_does_not_import_torch() -> None:
     loaded = run("import sys, dalle; print(dalle.__version__, *sorted(sys.modules))").split()
     assert loaded[0][0].isdigit()
     assert not {"torch", "numpy", "PIL", "pydantic", "typer"} & set(loaded)
+
+
+def test_every_public_name_is_found_and_no_other() -> None:
+    names = {name: getattr(dalle, name) for name in dalle.__all__}
+    assert names["ImageRequest"]("a cat").prompt == ("a cat",)
+    assert all(value is not None for value in names.values())
+    with pytest.raises(AttributeError, match="no attribute 'Dalle'"):
+        dalle.Dalle  # noqa: B018

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dalle.cli import app as cli
-from dalle.serving.files import Look, SignedFiles
+from dalle.serving.files import OutputFormat, SignedFiles
 from dalle.serving.settings import Settings, is_loopback
 from tests.live import Live, live_server
 
@@ -174,8 +174,8 @@ def test_an_address_that_was_given_out_needs_no_key_and_ends_with_its_hour(guard
 def test_signed_addresses_cannot_be_made_up_or_prolonged() -> None:
     now = [1000.0]
     files = SignedFiles(3600, lambda: now[0])
-    path = files.path("AbC-_9", Look(64, "png", 100))
-    assert files.read(path) == ("AbC-_9", Look(64, "png", 100))
+    path = files.path("AbC-_9", OutputFormat(64, "png", 100))
+    assert files.read(path) == ("AbC-_9", OutputFormat(64, "png", 100))
     assert "~4600~" in path
     for wrong in (
         path.replace("~4600~", "~9999~"),

@@ -15,7 +15,7 @@ from dalle.serving import watch
 from dalle.serving.app import create_app
 from dalle.serving.diagnosis import Remark, diagnose
 from dalle.serving.settings import Settings
-from dalle.serving.watch import Look, Run, Runs
+from dalle.serving.watch import Run, Runs, RunSnapshot
 from dalle.training.log import RunLog
 from tests.tiny import tiny_pipe
 
@@ -56,7 +56,7 @@ class Written:
     def run(self) -> Run:
         return Runs(self.root).all()[0]
 
-    def look(self) -> Look:
+    def look(self) -> RunSnapshot:
         return self.run().look()
 
 
@@ -75,7 +75,7 @@ def said(written: Written, later: float = 5.0) -> list[tuple[str, str]]:
     return [(remark.severity, remark.text.split()[0]) for remark in remarks(written, later)]
 
 
-def steps(look: Look) -> list[int]:
+def steps(look: RunSnapshot) -> list[int]:
     return [row.step for row in look.rows]
 
 

@@ -11,7 +11,7 @@ from dalle.clip import CLIP, CLIPConfig
 from dalle.clip_tokenizer import CLIPTokenizer
 from dalle.config import validate
 from dalle.dvae import DiscreteVAE, DVAEConfig
-from dalle.generation.native import find_compiler
+from dalle.generation.kernels.native import find_compiler
 from dalle.pipeline import DallePipeline
 from dalle.tokenizer import Tokenizer, TokenizerConfig
 from dalle.transformer import Transformer, TransformerConfig

@@ -81,7 +81,7 @@ def masks(model: TokenModel) -> tuple[LayerKind, ...]:
 
 
 def visible_cells(transformer: TokenModel, layer: int, cell: int) -> list[int]:
-    """The cells (raster indices, ascending) that a layer lets the model see when it draws `cell`.
+    """Return the cells (raster indices, ascending) that a layer lets the model see when it draws `cell`.
 
     A cell is drawn from the slot that holds the cell before it (the first one from the last text token), and masks are
     defined on what a slot holds: so these are the keys of `cell - 1`. The whole caption is seen besides, always.
@@ -100,7 +100,7 @@ def visible_cells(transformer: TokenModel, layer: int, cell: int) -> list[int]:
 
 @torch.no_grad()
 def draw_token(dvae: ImageTokenizer, token: int) -> bytes:
-    """The PNG of what one token looks like among its like: the middle cell of a grid that holds nothing else.
+    """Return the PNG of what one token looks like among its like: the middle cell of a grid that holds nothing else.
 
     A token has no picture of its own: the decoder paints each cell with an eye on those around it.
     """

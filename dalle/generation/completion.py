@@ -65,7 +65,7 @@ def square_on_white(image: Image.Image, side: int) -> Image.Image:
 
 
 def redrawn_cells(mask: Image.Image, grid: int) -> npt.NDArray[np.bool_]:
-    """The cells (G, G) of a picture's central square in which a mask of its shape marks a pixel, see `to_mask`."""
+    """Return the cells (G, G) of a picture's central square in which a mask of its shape marks a pixel, see `to_mask`."""
     marked = to_mask(mask)
     side = min(marked.size)
     left, top = (marked.width - side) // 2, (marked.height - side) // 2

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dalle.attention import ImageCache, Position
-from dalle.generation import native
-from dalle.generation.native import NativeSteps
+from dalle.generation.cache import ImageCache, Position
+from dalle.generation.kernels import native
+from dalle.generation.kernels.native import NativeSteps
 from dalle.transformer import Layer, Transformer
 
 Map = Callable[[Tensor], Tensor]  # a linear map or a norm, of (R, C)
@@ -56,7 +56,7 @@ class Stream:
         self.n_read: Position = 0  # image tokens taken in so far, the same for every picture
 
 
-class Decoder:
+class TransformerDecoder:
     """A transformer made ready to draw; it must be made anew when the weights change.
 
     With `is_int8` the weights of linear maps are rounded to 8 bits; captions are read with all of theirs. With
@@ -78,7 +78,7 @@ class Decoder:
 
     @torch.no_grad()
     def start(self, text: Tensor, n_pictures: Sequence[int]) -> tuple[Tensor, Stream]:
-        """Reads captions (P, T) int64, each for `n_pictures` of its own -> states (R, C), and the stream to go on with.
+        """Read captions (P, T) int64, each for `n_pictures` of its own -> states (R, C), and the stream to go on with.
 
         Raises ValueError for captions that the transformer cannot read.
         """
@@ -102,7 +102,7 @@ class Decoder:
 
     @torch.no_grad()
     def step(self, tokens: Tensor, stream: Stream) -> Tensor:
-        """Takes in the next image token of each picture, (R,) int64 -> states (R, C) that predict the one after."""
+        """Take in the next image token of each picture, (R,) int64 -> states (R, C) that predict the one after."""
         position = stream.n_read
         x = F.embedding(tokens, self.transformer.image_token.weight) + self._positions[position]  # (R, C)
         if self._native is not None and stream.caption_of is not None:
@@ -110,13 +110,13 @@ class Decoder:
         else:
             for layer, captions, images in zip(self._layers, stream.captions, stream.images, strict=True):
                 x = layer.attend(x, captions, images, position, stream.attend)
-                x = layer.think(x)
+                x = layer.mlp(x)
         stream.n_read += 1  # last: on a GPU, `position` is the same tensor
         return x
 
     @torch.no_grad()
     def norm(self, state: Tensor) -> Tensor:
-        """What the image head reads of states (R, C), float32: guidance mixes two of these, and the head is linear."""
+        """Return what the image head reads of states (R, C), float32: guidance mixes two of these, and the head is linear."""
         gain, bias, epsilon = self._last_norm
         return F.layer_norm(state.float(), gain.shape, gain, bias, epsilon)
 
@@ -130,7 +130,7 @@ class Decoder:
 
 
 def group(n_pictures: Sequence[int]) -> list[Group]:
-    """Joins neighbouring captions with equally many pictures, so that one matrix product serves them all."""
+    """Join neighbouring captions with equally many pictures, so that one matrix product serves them all."""
     groups, start = list[Group](), 0
     for caption, n in enumerate(n_pictures):
         last = groups[-1] if groups else None
@@ -166,7 +166,7 @@ class _DecoderLayer:
         """x + W_out attention(LN(x)) for the tokens at raster index `position`: (R, C) -> (R, C)."""
         return x + self._out(attend(self._qkv(self._norm(x)), captions, images, position))
 
-    def think(self, x: Tensor) -> Tensor:
+    def mlp(self, x: Tensor) -> Tensor:
         """x + W_2 GELU(W_1 LN(x)), the same GELU as `MLPResblock`: (R, C) -> (R, C)."""
         inner = F.silu(self._expand(self._mlp_norm(x)).mul_(1.702), inplace=True).div_(1.702)  # (R, 4 C)
         return x + self._contract(inner)
@@ -253,7 +253,7 @@ def _linear(linear: nn.Linear) -> Map:
 
 
 def _int8_linear(linear: nn.Linear) -> Map:
-    """A linear map with weights in 8 bits and one scale an output, the largest weight at 127."""
+    """Return a linear map with weights in 8 bits and one scale an output, the largest weight at 127."""
     weight = linear.weight.detach().float()
     bias = None if linear.bias is None else linear.bias.detach()
     scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127  # (outputs,)

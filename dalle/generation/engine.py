@@ -14,11 +14,11 @@ from torch import Tensor
 
 from dalle.attention import AttentionPlan, layer_kinds
 from dalle.generation.batch import ROWS_PER_BATCH, Batch
-from dalle.generation.decoder import Decoder
-from dalle.generation.drawing import Drawing, RecordedDrawing
+from dalle.generation.decoder import TransformerDecoder
 from dalle.generation.fields import MAX_SEED
 from dalle.generation.request import GenerationOptions
-from dalle.generation.sampling import Chooser, uniforms
+from dalle.generation.sampling import TokenSampler, uniforms
+from dalle.generation.steps import DecodingSteps, RecordedSteps
 from dalle.token_model import TokenDecoder, TokenModel
 from dalle.transformer import Transformer, TransformerConfig
 
@@ -55,7 +55,7 @@ def rows_that_pay(model: TokenModel) -> int:
 class Engine:
     """Sample image tokens with one token model. Keeps no state between calls.
 
-    On a GPU the steps are recorded and replayed, see `dalle.generation.drawing`; `is_recorded` overrides that.
+    On a GPU the steps are recorded and replayed, see `dalle.generation.steps`; `is_recorded` overrides that.
     `is_int8` draws with linear maps rounded to 8 bits, `is_native` with compiled attention (ValueError
     where there is no compiler).
     """
@@ -74,7 +74,7 @@ class Engine:
                 f"{type(model).__name__} draws in its own dtype, without compiled attention: leave int8 and native out"
             )
         self.is_int8, self.is_native, self.is_recorded = is_int8, is_native, is_recorded
-        self._decoder: tuple[Decoder, WeightState] | None = None
+        self._decoder: tuple[TransformerDecoder, WeightState] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -156,19 +156,19 @@ class Engine:
     ) -> None:
         """Fill `tokens` (R, N) in place, until `finish_row` asks to stop."""
         grid = self.model.config.grid_size
-        n_pictures, chooser = list(counts), Chooser(options, tokens.device)
-        if chooser.guided:  # these pictures are read a second time, after the empty caption
+        n_pictures, sampler = list(counts), TokenSampler(options, tokens.device)
+        if sampler.guided:  # these pictures are read a second time, after the empty caption
             text = torch.cat([text, self.model.null_text()[None].to(text.device)])
-            n_pictures.append(len(chooser.guided))
+            n_pictures.append(len(sampler.guided))
         is_recorded = tokens.device.type == "cuda" if self.is_recorded is None else self.is_recorded
         decoder = self.decoder()
-        kind = RecordedDrawing if is_recorded and isinstance(decoder, Decoder) else Drawing
-        drawing = kind(decoder, text, n_pictures, chooser, noise, known, tokens)
+        kind = RecordedSteps if is_recorded and isinstance(decoder, TransformerDecoder) else DecodingSteps
+        steps = kind(decoder, text, n_pictures, sampler, noise, known, tokens)
         for position in range(tokens.shape[1]):
-            drawing.advance_(position)
+            steps.advance_(position)
             if (position + 1) % grid == 0:
                 row = position // grid
-                if drawing.is_nan.item():  # looked at once a row: reading it makes a GPU wait
+                if steps.is_nan.item():  # looked at once a row: reading it makes a GPU wait
                     raise FloatingPointError(
                         f"the transformer's logits are NaN in row {row}: use float32, or check the weights"
                     )
@@ -182,7 +182,7 @@ class Engine:
             return self.model
         weights = [(weight.data_ptr(), weight._version) for weight in self.model.parameters()]
         if self._decoder is None or self._decoder[1] != weights:
-            self._decoder = (Decoder(self.model, self.is_int8, self.is_native), weights)
+            self._decoder = (TransformerDecoder(self.model, self.is_int8, self.is_native), weights)
         return self._decoder[0]
 
     def _check(

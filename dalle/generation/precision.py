@@ -45,12 +45,12 @@ def as_dtype(dtype: str | torch.dtype, device: str | torch.device) -> torch.dtyp
 
 
 def held_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the transformer's parameters are held in for a dtype of drawing: int8 is made from bfloat16."""
+    """Return what the transformer's parameters are held in for a dtype of drawing: int8 is made from bfloat16."""
     return torch.bfloat16 if dtype == torch.int8 else dtype
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The name that `as_dtype` takes."""
+    """Return the name that `as_dtype` takes."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -66,7 +66,7 @@ def decode_threads(d_model: int, n_rows: int) -> int:
 
 @contextmanager
 def threads(n: int) -> Iterator[None]:
-    """Runs PyTorch with n threads: their number decides how sums are split, and so how they round."""
+    """Run PyTorch with n threads: their number decides how sums are split, and so how they round."""
     before = torch.get_num_threads()
     torch.set_num_threads(n)
     try:

@@ -99,7 +99,7 @@ class Recipe(Config):
 
 
 def tokens_sha256(tokens: Tensor) -> str:
-    """The hash that compares two drawings: of tokens (G, G) in raster order as little-endian int32."""
+    """Return the hash that compares two drawings: of tokens (G, G) in raster order as little-endian int32."""
     return hashlib.sha256(tokens.detach().cpu().numpy().astype("<i4").tobytes()).hexdigest()
 
 

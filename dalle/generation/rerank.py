@@ -99,7 +99,7 @@ class Ranker:
 
     @torch.no_grad()
     def encode_captions(self, captions: Sequence[str], truncate: bool = False) -> Tensor:
-        """Unit vectors (P, E) float32 on the CPU."""
+        """Return unit vectors (P, E) float32 on the CPU."""
         text = self.read(captions, truncate)
         return torch.cat(
             [self.clip.encode_text(part.to(self.device)).cpu() for part in torch.split(text, CHUNK)]
@@ -107,7 +107,7 @@ class Ranker:
 
     @torch.no_grad()
     def encode_pictures(self, pictures: Tensor) -> Tensor:
-        """Unit vectors (N, E) float32 on the CPU, of square pictures (N, 3, H, H) in [0, 1]."""
+        """Return unit vectors (N, E) float32 on the CPU, of square pictures (N, 3, H, H) in [0, 1]."""
         vectors = [
             self.clip.encode_image(part.to(self.device).float()).cpu()
             for part in torch.split(pictures, CHUNK)
@@ -140,14 +140,14 @@ class Ranker:
         return [float(x) for x in self.score(vector, self._chunks(pictures))]
 
     def describe(self, pictures: Sequence[Image.Image]) -> NDArray[np.float32]:
-        """Unit vectors (N, E) float32 of PIL pictures of any size, cropped to their central square."""
+        """Return unit vectors (N, E) float32 of PIL pictures of any size, cropped to their central square."""
         vectors: NDArray[np.float32] = torch.cat(
             [self.encode_pictures(chunk) for chunk in self._chunks(pictures)]
         ).numpy()
         return vectors
 
     def encode_files(self, paths: Sequence[Path]) -> Tensor:
-        """Unit vectors (N, E) of picture files, cropped to their central square; ValueError for an unreadable one."""
+        """Return unit vectors (N, E) of picture files, cropped to their central square; ValueError for an unreadable one."""
         parts = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
         return torch.cat(
             [
@@ -167,7 +167,7 @@ class Ranker:
 
 
 def best_first(scores: Sequence[float] | Tensor, n: int | None = None) -> list[int]:
-    """The indices of the n highest scores, best first; equal ones keep their order, and NaN comes last."""
+    """Return the indices of the n highest scores, best first; equal ones keep their order, and NaN comes last."""
     values = torch.as_tensor(scores, dtype=torch.float64)
     values = torch.where(values.isnan(), -torch.inf, values)
     order: list[int] = values.argsort(descending=True, stable=True).tolist()

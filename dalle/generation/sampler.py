@@ -9,7 +9,7 @@ Shapes: R pictures, T text tokens, G grid side, H = W side of a picture that is 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -21,7 +21,7 @@ from dalle.generation.completion import complete, region_to_draw, square_on_whit
 from dalle.generation.engine import Engine, RowCallback, rows_that_pay
 from dalle.generation.precision import decode_threads, threads
 from dalle.generation.request import CaptionRequest, ImageRequest, ModelDefaults, Truncation, blaming
-from dalle.generation.rerank import Ranker
+from dalle.generation.rerank import CHUNK, Ranker
 from dalle.image_tokenizer import ImageTokenizer
 from dalle.images import to_images, to_tensor
 from dalle.token_model import TokenModel
@@ -157,6 +157,13 @@ class Sampler:
     def pictures(self, tokens: Tensor) -> list[Image.Image]:
         """Return the pictures of tokens (R, G, G), as `decode`."""
         return [to_images(self.decode_together(one[None]))[0] for one in tokens]
+
+    def choose(
+        self, ranker: Ranker, caption: Tensor, tokens: Tensor, n: int, advance: Callable[[int], None]
+    ) -> list[tuple[int, float]]:
+        """Return places and scores of the n of tokens (R, G, G) that fit a caption's vector (E,) best, best first."""
+        chunks = (self.decode_together(part) for part in torch.split(tokens, CHUNK) if len(part))
+        return ranker.choose(caption, chunks, n, advance)
 
     def decode_together(self, tokens: Tensor) -> Tensor:
         """Return pictures (R, 3, h, S) in [0, 1] of the first grid rows of tokens, (R, g, G), in one go."""

@@ -42,7 +42,7 @@ def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
 
 
 def top_k_of(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest logits of each row and their tokens, (B, k) each, in the order of the tokens; ties keep exactly k.
+    """Return the k largest logits of each row and their tokens, (B, k) each, in the order of the tokens; ties keep exactly k.
 
     In that order, and not by size, logits that differ by rounding alone draw the same token.
     """
@@ -62,7 +62,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """The first token whose cumulative probability exceeds the uniform number; never one of probability zero.
+    """Return the first token whose cumulative probability exceeds the uniform number; never one of probability zero.
 
     Args:
         probabilities: (B, K), >= 0; each row is normalised here by its own sum.
@@ -88,7 +88,7 @@ def inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _first_above(cdf: Tensor, threshold: Tensor, shares: Tensor) -> Tensor:
-    """The first place of each row whose share is positive and whose cdf exceeds the threshold: (B, n) -> (B,)."""
+    """Return the first place of each row whose share is positive and whose cdf exceeds the threshold: (B, n) -> (B,)."""
     # A parallel scan may round a flat stretch of the sum up by an ulp: hence the condition on shares.
     above = (cdf > threshold[..., None]) & (shares > 0)
     last = shares.shape[-1] - 1 - (shares > 0).flip(-1).to(torch.uint8).argmax(dim=-1)
@@ -134,7 +134,7 @@ def _cut(logits: Tensor, options: GenerationOptions) -> tuple[Tensor, Tensor | N
     return logits, tokens
 
 
-class Chooser:
+class TokenSampler:
     """Chooses the next token of pictures side by side, each with its own options.
 
     Guided pictures are read twice: the stream has a row for each picture, then one more for each guided picture,
@@ -153,11 +153,11 @@ class Chooser:
         self._alike = [(options[rows[0]], torch.tensor(rows, device=device)) for rows in alike.values()]
 
     def read(self, tokens: Tensor) -> Tensor:
-        """The token that each row of the stream reads next: those of the pictures (R,), and of guided ones again."""
+        """Return the token that each row of the stream reads next: those of the pictures (R,), and of guided ones again."""
         return tokens[self._reads]
 
     def guide(self, states: Tensor) -> Tensor:
-        """What each picture's head is to read, (R, C), of all rows of the stream (R + guided, C) float32.
+        """Return what each picture's head is to read, (R, C), of all rows of the stream (R + guided, C) float32.
 
         Guidance as `combine_guidance` has it, before the head, which is linear.
         """
@@ -171,7 +171,7 @@ class Chooser:
         return conditional.index_copy(0, rows, mixed)
 
     def __call__(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """The next token of each picture, (R,) int64, from its logits (R, K), guided, and uniform numbers (R,)."""
+        """Return the next token of each picture, (R,) int64, from its logits (R, K), guided, and uniform numbers (R,)."""
         if len(self._alike) == 1:
             return sample(logits, uniform, self._alike[0][0])
         chosen = torch.empty(self._n_pictures, dtype=torch.int64, device=logits.device)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean, pstdev
 from typing import Literal
 
-from dalle.serving.watch import Look, Row, StageState
+from dalle.serving.watch import Row, RunSnapshot, StageState
 
 Severity = Literal["info", "warning", "error"]
 Rule = Callable[["Numbers"], "Remark | None"]
@@ -61,7 +61,7 @@ class Numbers:
         return Remark(severity, self.state.stage, text, why)
 
 
-def diagnose(look: Look, now: float) -> list[Remark]:
+def diagnose(look: RunSnapshot, now: float) -> list[Remark]:
     """All remarks on a run at the time `now`, seconds since 1970: the worst first, then stage by stage."""
     remarks = list(_of_run(look, now))
     for state in look.stages:
@@ -72,7 +72,7 @@ def diagnose(look: Look, now: float) -> list[Remark]:
     return sorted(remarks, key=lambda remark: order.index(remark.severity))
 
 
-def _of_run(look: Look, now: float) -> Iterator[Remark]:
+def _of_run(look: RunSnapshot, now: float) -> Iterator[Remark]:
     for remark in (bad_samples(look), stalled(look, now)):
         if remark is not None:
             yield remark
@@ -161,7 +161,7 @@ def rate_is_zero(numbers: Numbers) -> Remark | None:
         return None
     return numbers.remark(
         "warning",
-        f"The learning rate is {rate:g} at update {step}: nothing is learned any more. Look at learning_rate, "
+        f"The learning rate is {rate:g} at update {step}: nothing is learned any more. RunSnapshot at learning_rate, "
         "final_learning_rate and decay_steps, or stop the stage.",
         "AdamW changes a weight by about the learning rate an update; below a millionth of its peak even all later updates "
         "together change nothing that fp32 shows.",
@@ -278,7 +278,7 @@ RULES: tuple[Rule, ...] = (
 # The run as a whole
 
 
-def bad_samples(look: Look) -> Remark | None:
+def bad_samples(look: RunSnapshot) -> Remark | None:
     """Pictures that could not be read."""
     if look.n_bad == 0:
         return None
@@ -300,7 +300,7 @@ def _pictures_seen(state: StageState) -> int:
     return state.step * math.prod(size for size in sizes if isinstance(size, int))
 
 
-def stalled(look: Look, now: float) -> Remark | None:
+def stalled(look: RunSnapshot, now: float) -> Remark | None:
     """A run that is not finished and says nothing any more."""
     begun = [state for state in look.stages if look.of(state.stage)]
     if not begun or begun[-1].status != "running":  # between stages pictures are encoded, in silence

@@ -29,12 +29,12 @@ class ServingError(Exception):
         self.retry_after_s = retry_after_s
 
     def body(self) -> dict[str, dict[str, str | None]]:
-        """The envelope."""
+        """Return the envelope."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ServingError:
-    """A 400: what the client sent is at fault."""
+    """Return a 400: what the client sent is at fault."""
     return ServingError(400, message, param=param, code=code)
 
 

@@ -27,7 +27,7 @@ Format = Literal["png", "jpeg", "webp"]
 
 
 @dataclass(frozen=True)
-class Look:
+class OutputFormat:
     """How a picture is handed out."""
 
     side: int  # pixels
@@ -42,13 +42,13 @@ class SignedFiles:
         self._seconds, self._clock = seconds, clock
         self._secret = secrets.token_bytes(32)
 
-    def path(self, picture_id: str, look: Look) -> str:
-        """The path of a picture in the history, from now on."""
+    def path(self, picture_id: str, look: OutputFormat) -> str:
+        """Return the path of a picture in the history, from now on."""
         expires = int(self._clock()) + self._seconds
         facts = f"{picture_id}~{expires}~{look.side}~{look.compression}"
         return f"{PREFIX}{facts}~{self._sign(facts, look.format)}.{look.format}"
 
-    def read(self, path: str) -> tuple[str, Look] | None:
+    def read(self, path: str) -> tuple[str, OutputFormat] | None:
         """Id and look of a path that was given out and has not expired, else None."""
         found = NAME.fullmatch(path.removeprefix(PREFIX)) if path.startswith(PREFIX) else None
         if found is None:
@@ -58,7 +58,7 @@ class SignedFiles:
             return None
         if int(found["expires"]) < self._clock():
             return None
-        look = Look(int(found["side"]), cast(Format, found["format"]), int(found["compression"]))
+        look = OutputFormat(int(found["side"]), cast(Format, found["format"]), int(found["compression"]))
         return found["id"], look
 
     def _sign(self, facts: str, kind: str) -> str:

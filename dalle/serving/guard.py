@@ -103,7 +103,7 @@ class Guard:
             self._n_open -= 1
 
     def _check(self, scope: Scope) -> None:
-        """Raises the ServingError of a request that is not answered."""
+        """Raise the ServingError of a request that is not answered."""
         headers, path = Headers(scope=scope), scope["path"]
         host = self._check_host(headers)
         self._check_origin(headers, host)
@@ -161,7 +161,7 @@ class Guard:
         return cookie is not None and hmac.compare_digest(_hash(cookie), _hash(self._cookie))
 
     def _entry(self, scope: Scope) -> Message | None:
-        """The answer to `/?key=KEY`: a cookie, and the page without the key in its address."""
+        """Return the answer to `/?key=KEY`: a cookie, and the page without the key in its address."""
         if self._key_hash is None or scope["path"] != "/" or scope["method"] != "GET":
             return None
         keys = parse_qs(scope["query_string"].decode("latin-1")).get("key", [])
@@ -192,7 +192,7 @@ class _Body:
             raise self._too_large()
 
     async def receive(self) -> Message:
-        """The next message; a ServingError once the body is longer than allowed."""
+        """Return the next message; a ServingError once the body is longer than allowed."""
         message = await self._receive()
         if message["type"] == "http.request":
             self._n_bytes += len(message.get("body", b""))
@@ -229,7 +229,7 @@ def _internal_error() -> ServingError:
 
 
 async def refuse(error: ServingError, send: Send) -> None:
-    """Sends a ServingError as the whole answer."""
+    """Send a ServingError as the whole answer."""
     headers, body = error_answer(error)
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": raw})
@@ -248,7 +248,7 @@ def error_answer(error: ServingError) -> tuple[dict[str, str], bytes]:
 
 
 def _hash(text: str) -> bytes:
-    """What is compared in place of a key: of one length, whatever was sent."""
+    """Return what is compared in place of a key: of one length, whatever was sent."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 

@@ -155,22 +155,22 @@ class History:
         return ids
 
     def png(self, id: str) -> bytes | None:
-        """The PNG of a picture, or None when there is none of that id."""
+        """Return the PNG of a picture, or None when there is none of that id."""
         row = self._one("SELECT png FROM pictures WHERE id = ?", id)
         return None if row is None else bytes(row[0])
 
     def tokens(self, id: str) -> Tensor | None:
-        """The image tokens (G, G) of a picture, int64, or None when there is none of that id."""
+        """Return the image tokens (G, G) of a picture, int64, or None when there is none of that id."""
         row = self._one("SELECT tokens FROM pictures WHERE id = ?", id)
         return None if row is None else _read_tokens(row[0])
 
     def get(self, id: str) -> Picture | None:
-        """A picture without its pixels, or None when there is none of that id."""
+        """Return a picture without its pixels, or None when there is none of that id."""
         row = self._one(f"SELECT {_COLUMNS} FROM pictures WHERE id = ?", id)
         return None if row is None else _picture(row)
 
     def find_recipe(self, recipe: Mapping[str, Any]) -> str | None:
-        """The id of the newest picture drawn by exactly this recipe, or None."""
+        """Return the id of the newest picture drawn by exactly this recipe, or None."""
         query = "SELECT id FROM pictures WHERE recipe_sha256 = ? ORDER BY number DESC LIMIT 1"
         row = self._one(query, _sha256(_json(recipe)))
         return None if row is None else str(row[0])

@@ -21,7 +21,7 @@ from dalle.serving.state import State
 
 
 async def read_json(http: HttpRequest, state: State) -> Any:
-    """A JSON body; ServingErrors for another type, too many bytes, a client too slow, and what is no JSON."""
+    """Return a JSON body; ServingErrors for another type, too many bytes, a client too slow, and what is no JSON."""
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     # Also what stops other sites: a page may send plain text anywhere without asking, but not JSON.
     if kind != "application/json":
@@ -32,7 +32,7 @@ async def read_json(http: HttpRequest, state: State) -> Any:
 
 
 async def within(seconds: float, reading: Any) -> Any:
-    """What is read from a client, if it arrives in time; else a 408."""
+    """Return what is read from a client, if it arrives in time; else a 408."""
     try:
         async with asyncio.timeout(seconds):
             return await reading
@@ -101,7 +101,7 @@ def _checked(state: State, read: Callable[[], ImageRequest], names: Mapping[str,
 
 
 def decode_base64(text: str, name: str) -> bytes:
-    """The bytes of a base64 field, which may be a data: address; a 400 for anything else."""
+    """Return the bytes of a base64 field, which may be a data: address; a 400 for anything else."""
     head, comma, data = text.partition(",")
     if comma and head.startswith("data:") and head.endswith(";base64"):
         text = data
@@ -112,12 +112,12 @@ def decode_base64(text: str, name: str) -> bytes:
 
 
 def read_picture(data: bytes, name: str, state: State) -> Image.Image:
-    """An uploaded picture; its header is checked before a pixel is decoded. ValueErrors name the field."""
+    """Return an uploaded picture; its header is checked before a pixel is decoded. ValueErrors name the field."""
     return _named(lambda: open_image(data, state.settings.max_pixels), name)
 
 
 def read_mask(data: bytes, name: str, state: State) -> Image.Image:
-    """An uploaded mask, see `open_mask`."""
+    """Return an uploaded mask, see `open_mask`."""
     return _named(lambda: open_mask(data, state.settings.max_pixels), name)
 
 

@@ -83,7 +83,7 @@ class Listener(Protocol):
         """
 
     def tell(self, event: Event) -> None:
-        """Takes an event in."""
+        """Take an event in."""
 
 
 # --- A job's state ------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ class Mailbox:
         return n if self._n_shown is None else max(0, min(n, self._n_shown - first))
 
     def tell(self, event: Event) -> None:
-        """Takes an event in, from any thread."""
+        """Take an event in, from any thread."""
         if isinstance(event, RowDrawn):
             self._has_unread_row = True
             while self._rows and self._rows[0] <= event.row:
@@ -55,7 +55,7 @@ class Mailbox:
             pass
 
     async def get(self) -> Event:
-        """The next event; a row counts as read when it is taken out."""
+        """Return the next event; a row counts as read when it is taken out."""
         event = await self._events.get()
         if isinstance(event, RowDrawn):
             self._has_unread_row = False
@@ -63,7 +63,7 @@ class Mailbox:
 
 
 async def follow(mailbox: Mailbox, receive: Receive) -> AsyncIterator[Event | None]:
-    """A job's events up to the last one, None when nothing happens for a while; ends early when the client leaves."""
+    """Return a job's events up to the last one, None when nothing happens for a while; end early when the client leaves."""
     left = asyncio.ensure_future(_left(receive))
     try:
         while True:
@@ -83,7 +83,7 @@ async def follow(mailbox: Mailbox, receive: Receive) -> AsyncIterator[Event | No
 
 
 async def outcome(mailbox: Mailbox, receive: Receive, queue: JobQueue, job: Job) -> Settled | Failed | None:
-    """The last event of a job; None when the client left before, which cancels it."""
+    """Return the last event of a job; None when the client left before, which cancels it."""
     try:
         async for event in follow(mailbox, receive):
             if isinstance(event, Settled | Failed):
@@ -120,7 +120,7 @@ class EventStream(Response):
         self._queue, self._job, self._mailbox, self._write = queue, job, mailbox, write
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends event after event, each when it happens."""
+        """Send event after event, each when it happens."""
         try:
             await send(
                 {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}

@@ -39,11 +39,11 @@ class Metrics:
     def watch(
         self, waiting: Callable[[], float], running: Callable[[], float], slots: Callable[[], float]
     ) -> None:
-        """Reads these three from the queue whenever somebody asks."""
+        """Read these three from the queue whenever somebody asks."""
         self.waiting.set_function(waiting)
         self.running.set_function(running)
         self.slots.set_function(slots)
 
     def text(self) -> bytes:
-        """The Prometheus text format, version 0.0.4."""
+        """Return the Prometheus text format, version 0.0.4."""
         return generate_latest(self.registry)

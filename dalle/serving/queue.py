@@ -53,7 +53,7 @@ class Reservation:
         self._queue, self.n_slots, self._is_held = queue, n_slots, True
 
     def release(self) -> None:
-        """Gives the slots back; a second time does nothing."""
+        """Give the slots back; a second time does nothing."""
         with self._queue.changed:
             if self._is_held:
                 self._is_held = False
@@ -108,7 +108,7 @@ class JobQueue:
         return self._n_reserved
 
     def reserve(self, n_slots: int) -> Reservation:
-        """Holds slots for a request; nothing else may be done for it before.
+        """Hold slots for a request; nothing else may be done for it before.
 
         Raises:
             ServingError: 503 `server_overloaded`, with when to come again.
@@ -133,7 +133,7 @@ class JobQueue:
             return Reservation(self, n_slots)
 
     def give_back_(self, n_slots: int) -> None:
-        """Takes slots back; for `Reservation` alone."""
+        """Take slots back; for `Reservation` alone."""
         self._n_reserved -= 1
         self._n_slots -= n_slots
         assert self._n_reserved >= 0 and self._n_slots >= 0
@@ -163,7 +163,7 @@ class JobQueue:
         return job
 
     def cancel(self, job_id: str) -> bool:
-        """Ends a job that its client no longer wants; its slots are free at once. False: there is none."""
+        """End a job that its client no longer wants; its slots are free at once. False: there is none."""
         with self.changed:
             job = self._jobs.get(job_id)
             if job is None:
@@ -189,7 +189,7 @@ class JobQueue:
             self.changed.notify_all()
 
     def stop(self) -> None:
-        """Ends every job that is left: their clients are told. The worker ends with its batch."""
+        """End every job that is left: their clients are told. The worker ends with its batch."""
         with self.changed:
             self._is_draining = self._is_closed = True
             for job in [*self._jobs.values()]:
@@ -200,14 +200,14 @@ class JobQueue:
             self.changed.notify_all()
 
     def wait_idle(self, timeout_s: float) -> bool:
-        """Waits until no request holds a slot; False when the time is over before."""
+        """Wait until no request holds a slot; False when the time is over before."""
         with self.changed:
             return self.changed.wait_for(lambda: self._n_reserved == 0, timeout_s)
 
     # --- The worker's side ----------------------------------------------------------------------------------
 
     def end(self, job: Job, outcome: str, last: Settled | Failed) -> bool:
-        """Ends a job once, tells its client, frees its slots; False: it had ended before."""
+        """End a job once, tell its client, free its slots; False: it had ended before."""
         with self.changed:
             if job.is_over:
                 return False
@@ -222,7 +222,7 @@ class JobQueue:
             return True
 
     def expire(self) -> None:
-        """Ends the jobs whose time is over."""
+        """End the jobs whose time is over."""
         now = time.monotonic()
         with self.changed:
             for job in [job for job in self._jobs.values() if job.deadline <= now]:

@@ -95,7 +95,7 @@ R = TypeVar("R", bound=Config)
 
 
 def parse_json(body: bytes) -> Any:
-    """Reads JSON as RFC 8259 has it; a ServingError for NaN, a key given twice, and anything else that is none."""
+    """Read JSON as RFC 8259 has it; a ServingError for NaN, a key given twice, and anything else that is none."""
     try:
         return json.loads(body.decode("utf-8"), parse_constant=_refuse, object_pairs_hook=_unique)
     except UnicodeDecodeError:
@@ -109,7 +109,7 @@ def parse_json(body: bytes) -> Any:
 
 
 def check(schema: type[R], tree: Any) -> R:
-    """The record of a tree; a ServingError that names the first field at fault."""
+    """Return the record of a tree; a ServingError that names the first field at fault."""
     if not isinstance(tree, dict):
         raise bad_request("the body must be a JSON object", code="invalid_type")
     try:
@@ -119,14 +119,14 @@ def check(schema: type[R], tree: Any) -> R:
 
 
 def as_error(error: ValidationError) -> ServingError:
-    """What pydantic found, for a client: the first field at fault, and never its value."""
+    """Return what pydantic found, for a client: the first field at fault, and never its value."""
     return first_error(error.errors(include_url=False, include_input=False, include_context=False))
 
 
 def first_error(
     details: Sequence[Any], ignored: Sequence[str] = ("body", "query", "path", "header")
 ) -> ServingError:
-    """The same of pydantic's list of errors; FastAPI's begin with where the field was (`ignored`)."""
+    """Do the same with pydantic's list of errors; FastAPI's begin with where the field was (`ignored`)."""
     first = details[0]
     names = [part for part in first["loc"] if part not in ignored]
     # A client may have made the name up: shown, but short and printable.

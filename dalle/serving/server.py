@@ -20,7 +20,7 @@ BACKLOG = 2048  # connections that wait for the event loop
 
 
 def listen(settings: Settings) -> socket.socket:
-    """The socket of a server; ValueError where it cannot have that address."""
+    """Return the socket of a server; ValueError where it cannot have that address."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
         return socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
@@ -56,13 +56,13 @@ class Server(uvicorn.Server):
         self._grace_s = settings.grace_s
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listens, and says where."""
+        """Listen, and say where."""
         await super().startup(sockets)
         if self.started:
             logger.info("dalle serves on %s (stop it with Ctrl-C)", self.url)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Takes nothing more on, gives jobs their time, then ends them."""
+        """Take nothing more on, give jobs their time, then end them."""
         queue = self.state.queue
         queue.drain()
         ending = asyncio.ensure_future(asyncio.to_thread(_end, queue, self._grace_s))

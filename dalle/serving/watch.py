@@ -68,7 +68,7 @@ class StageState:
 
 
 @dataclass
-class Look:
+class RunSnapshot:
     """What a run's folder says at one moment."""
 
     name: str
@@ -83,7 +83,7 @@ class Look:
     problems: list[str] = field(default_factory=list)  # one clear line each: what could not be read
 
     def of(self, stage: str) -> list[Row]:
-        """The rows of a stage."""
+        """Return the rows of a stage."""
         return [row for row in self.rows if row.stage == stage]
 
 
@@ -98,7 +98,7 @@ class JSONLines:
     def read(
         self, stream: BinaryIO, identity: tuple[int, int], size: int
     ) -> tuple[bool, list[tuple[int, Any]]]:
-        """The new whole lines, each with the byte where it ends, and whether the file was begun anew."""
+        """Return the new whole lines, each with the byte where it ends, and whether the file was begun anew."""
         is_new = self._file is not None and (identity != self._file or size < self.end)
         if is_new:
             self.end = self.n_broken = 0
@@ -134,7 +134,7 @@ class Run:
         self._rewritten_at = 0
         self._bad_reasons: Counter[str] = Counter()
 
-    def look(self) -> Look:
+    def look(self) -> RunSnapshot:
         """Read what is new; what cannot be read is named in `problems`."""
         problems: list[str] = []
         with self._lock:
@@ -146,7 +146,7 @@ class Run:
                 problems.append(
                     f"{self._metrics.n_broken} lines of metrics.jsonl are not JSON and were left out"
                 )
-            return Look(
+            return RunSnapshot(
                 name=self.name,
                 updated_at=updated_at,
                 stages=list(_stages(config, records, self._rows)),
@@ -160,7 +160,7 @@ class Run:
             )
 
     def sheet(self, name: str) -> bytes | None:
-        """The PNG of a sheet, or None when there is none of that name; ValueError when it cannot be read."""
+        """Return the PNG of a sheet, or None when there is none of that name; ValueError when it cannot be read."""
         with self._lock:
             found = {sheet.name: sheet for sheet in self._sheets()}.get(name)
         if found is None:
@@ -278,7 +278,7 @@ class Runs:
             return list(found.values())
 
     def get(self, id: str) -> Run | None:
-        """The run of an id, or None."""
+        """Return the run of an id, or None."""
         return next((run for run in self.all() if run.id == id), None)
 
 
@@ -305,7 +305,7 @@ def _object(data: bytes) -> dict[str, Any] | None:
 
 
 def _numbers(record: dict[str, Any]) -> dict[str, float | None]:
-    """What JSON can carry on: numbers, true and false, and null for what is not finite."""
+    """Return what JSON can carry on: numbers, true and false, and null for what is not finite."""
     numbers = {
         name: value for name, value in record.items() if value is None or isinstance(value, int | float)
     }
@@ -317,12 +317,12 @@ def _numbers(record: dict[str, Any]) -> dict[str, float | None]:
 
 
 def _text(text: str) -> str:
-    """A name from a file system or a log as UTF-8 can carry it on."""
+    """Return a name from a file system or a log as UTF-8 can carry it on."""
     return text.encode("utf-8", "replace").decode()
 
 
 def _stages(config: dict[str, Any], records: dict[str, Any], rows: list[Row]) -> Iterator[StageState]:
-    """The stages of a run, in order; those that its recipe leaves out are left out."""
+    """Return the stages of a run, in order; those that its recipe leaves out are left out."""
     recipe, given = _table(config, "recipe"), _table(config, "init_from")
     for stage in STAGES:
         settings, model = _table(recipe, f"{stage}_training"), _table(recipe, stage)

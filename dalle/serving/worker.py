@@ -110,7 +110,7 @@ class Worker:
                 self.fail(ready[0].job, error)
 
     def _prepare(self, job: Job) -> bool:
-        """What a job needs of the model before its first candidate; False where it is over, or just failed."""
+        """Do what a job needs of the model before its first candidate; False where it is over, or just failed."""
         if job.is_over:
             return False
         if job.is_prepared:
@@ -127,7 +127,7 @@ class Worker:
             return False
 
     def fail(self, job: Job, error: Exception) -> None:
-        """Ends a job with an error; the log says which."""
+        """End a job with an error; the log says which."""
         logger.error("job %s failed: %s", job.id, error, exc_info=error)
         is_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         told = ServingError(
@@ -174,7 +174,7 @@ class Worker:
         self.queue.timed(n_rows, time.monotonic() - start)
 
     def _show(self, turns: Sequence[Turn], row: int, tokens: Tensor, is_late: bool) -> None:
-        """Decodes the first rows of all candidates that somebody looks at, in one go."""
+        """Decode the first rows of all candidates that somebody looks at, in one go."""
         watched, rows, start = list[tuple[Turn, int]](), list[int](), 0
         for turn in turns:
             n = 0 if turn.job.is_over else turn.job.listener.n_looked_at(row, turn.first, turn.n, is_late)
@@ -193,7 +193,7 @@ class Worker:
             start += n
 
     def _finish(self, turn: Turn, tokens: Tensor, batch: Batch, row: int, n_threads: int) -> None:
-        """Decodes and scores a job's turn of a batch; the last turn settles the job."""
+        """Decode and score a job's part of a batch; the last part settles the job."""
         job = turn.job
         try:
             with threads(n_threads):
@@ -261,7 +261,7 @@ class Worker:
 
 
 def _padded(top: Image.Image, side: int) -> Image.Image:
-    """A picture's upper turn on a grey square."""
+    """Return a picture's upper part on a grey square."""
     image = Image.new("RGB", (side, side), (GREY, GREY, GREY))
     image.paste(top, (0, 0))
     return image

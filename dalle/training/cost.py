@@ -16,13 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dalle.attention import (
-    EXPLICIT_TO_STREAM,
-    SPLIT_FROM_GRID,
-    AttentionPlan,
-    image_offsets,
-    layer_kinds,
-)
+from dalle.attention import EXPLICIT_TO_STREAM, SPLIT_FROM_GRID, AttentionPlan, image_offsets, layer_kinds
 from dalle.clip import CLIP, CLIPConfig
 from dalle.dvae import DiscreteVAE, DVAEConfig
 from dalle.transformer import Transformer, TransformerConfig

@@ -41,7 +41,7 @@ OWN = (
 
 
 def router(state: State) -> APIRouter:
-    """The routes."""
+    """Return the routes."""
     routes = APIRouter(prefix="/api")
     schema = DrawBody.model_json_schema()
 
@@ -57,7 +57,7 @@ def router(state: State) -> APIRouter:
         n = count_candidates(wanted.num_images, wanted.num_candidates, state, "num_images")
         mailbox = Mailbox()
         job = await accept(state, n, mailbox, lambda: read(state, wanted, n), NAMES, keeps_candidates=True)
-        writer = Writer(state, job)
+        writer = PageEvents(state, job)
         return EventStream(state.queue, job, mailbox, writer.write, {"x-dalle-job": job.id})
 
     @routes.delete("/jobs/{job}")
@@ -70,7 +70,7 @@ def router(state: State) -> APIRouter:
 
 
 def describe(state: State) -> dict[str, Any]:
-    """What the page needs to know of the model and the server's limits."""
+    """Return what the page needs to know of the model and the server's limits."""
     pipe, config = state.pipe, state.pipe.transformer.config
     return {
         "model": pipe.name if pipe.name == "bundled" else pipe.name.rstrip("/").rpartition("/")[2],
@@ -113,7 +113,7 @@ def read(state: State, wanted: DrawBody, n_candidates: int) -> ImageRequest:
     )
 
 
-class Writer:
+class PageEvents:
     """Turns a job's events into the page's."""
 
     def __init__(self, state: State, job: Job) -> None:

@@ -11,7 +11,7 @@ from dalle.serving.state import State
 
 
 def router(state: State) -> APIRouter:
-    """The routes."""
+    """Return the routes."""
     routes = APIRouter()
 
     @routes.get("/health")
@@ -21,7 +21,7 @@ def router(state: State) -> APIRouter:
 
     @routes.get("/ready")
     async def ready() -> Response:
-        """The model is warm and requests are taken; 503 before that, and while the server stops."""
+        """Say that the model is warm and requests are taken; 503 before that, and while the server stops."""
         if not state.worker.is_ready:
             raise ServingError(
                 503, "the model is not warm yet", kind="server_error", code="not_ready", retry_after_s=1

@@ -26,7 +26,7 @@ class Change(Config):
 
 
 def router(state: State) -> APIRouter:
-    """The routes beneath /api/history, /api/pictures and /api/restore."""
+    """Return the routes beneath /api/history, /api/pictures and /api/restore."""
     routes = APIRouter(prefix="/api", tags=["history"])
     history = state.history
 
@@ -38,14 +38,14 @@ def router(state: State) -> APIRouter:
         limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 50,
     ) -> dict[str, Any]:
         """List kept pictures, newest first, whose captions hold every word of `query`."""
-        with told():
+        with history_errors():
             page = history.search(query, favourite=favourite, before=before, limit=limit)
         return {"pictures": [listed(picture) for picture in page.pictures], "next": page.next}
 
     @routes.get("/pictures/{id}.png")
     def png(id: str) -> Response:
-        """The PNG of a picture, with its recipe inside."""
-        with told():
+        """Return the PNG of a picture, with its recipe inside."""
+        with history_errors():
             data = history.png(id)
         if data is None:
             raise no_picture()
@@ -54,7 +54,7 @@ def router(state: State) -> APIRouter:
     @routes.patch("/history/{id}")
     def change(id: str, body: Change) -> dict[str, Any]:
         """Mark a picture as a favourite, or unmark it."""
-        with told():
+        with history_errors():
             picture = history.get(id) if history.set_favourite(id, body.favourite) else None
         if picture is None:
             raise no_picture()
@@ -63,7 +63,7 @@ def router(state: State) -> APIRouter:
     @routes.delete("/history/{id}", status_code=204)
     def delete(id: str) -> None:
         """Delete a picture for ever."""
-        with told():
+        with history_errors():
             if not history.delete(id):
                 raise no_picture()
 
@@ -77,7 +77,7 @@ def router(state: State) -> APIRouter:
 
 
 def listed(picture: Picture) -> dict[str, Any]:
-    """A picture as the page sees it."""
+    """Return a picture as the page sees it."""
     return {
         "id": picture.id,
         "url": f"/api/pictures/{picture.id}.png",
@@ -93,12 +93,12 @@ def listed(picture: Picture) -> dict[str, Any]:
 
 
 def no_picture() -> ServingError:
-    """What is said of an id that no picture has."""
+    """Return what is said of an id that no picture has."""
     return ServingError(404, "there is no such picture; it may have been deleted", code="not_found")
 
 
 @contextmanager
-def told() -> Iterator[None]:
+def history_errors() -> Iterator[None]:
     """Turn what the history raises into what a client is told."""
     try:
         yield
@@ -122,7 +122,7 @@ def _restored(data: bytes, history: History, model_sha256: str) -> dict[str, Any
         text = "the recipe in this PNG cannot be read: it was changed by hand, or by another version of dalle"
         raise bad_request(text, code="bad_recipe") from error
     options, completion = recipe.options, recipe.completion
-    with told():
+    with history_errors():
         id = history.find_recipe(found)
     return {
         "caption": recipe.caption,

@@ -16,7 +16,7 @@ from dalle.generation.recipe import Recipe
 from dalle.pipeline import DallePipeline
 from dalle.serving.errors import ServingError
 from dalle.serving.history import History, Picture
-from dalle.serving.routes.history import no_picture, told
+from dalle.serving.routes.history import history_errors, no_picture
 from dalle.serving.state import State
 
 N_READINGS = 64  # pictures whose numbers are kept: 20 kB each at a grid of 16
@@ -71,7 +71,7 @@ class Microscope:
         }
 
     def swatch(self, token: int) -> bytes:
-        """The PNG of a token's picture; ValueError for a token that the codebook has not."""
+        """Return the PNG of a token's picture; ValueError for a token that the codebook has not."""
         n_codes = self.pipe.dvae.n_codes
         if not 0 <= token < n_codes:
             raise ValueError(f"token is {token}; the codebook has 0 to {n_codes - 1}")
@@ -96,7 +96,7 @@ class Microscope:
 
 
 def router(state: State) -> APIRouter:
-    """The routes /api/pictures/ID/microscope, /api/codebook and /api/masks."""
+    """Return the routes /api/pictures/ID/microscope, /api/codebook and /api/masks."""
     routes = APIRouter(prefix="/api", tags=["microscope"])
 
     def run(work: Callable[[], T]) -> T:
@@ -115,8 +115,8 @@ def router(state: State) -> APIRouter:
 
     @routes.get("/pictures/{id}/microscope")
     def look(id: str) -> dict[str, Any]:
-        """What the transformer says of each cell of a picture."""
-        with told():
+        """Return what the transformer says of each cell of a picture."""
+        with history_errors():
             picture = state.history.get(id)
             if picture is None:
                 raise no_picture()
@@ -124,7 +124,7 @@ def router(state: State) -> APIRouter:
 
     @routes.get("/codebook/{token}.png")
     def swatch(token: int, if_none_match: str | None = Header(None)) -> Response:
-        """What a token looks like among its like."""
+        """Return what a token looks like among its like."""
         headers = {"ETag": f'"{state.pipe.model_sha256[:16]}-{token}"', "Cache-Control": "private, no-cache"}
         with not_found():
             if if_none_match == headers["ETag"] and 0 <= token < state.pipe.dvae.n_codes:
@@ -142,7 +142,7 @@ def router(state: State) -> APIRouter:
 
 @contextmanager
 def not_found() -> Iterator[None]:
-    """A number in the address that names nothing is a 404."""
+    """Make a 404 of a number in the address that names nothing."""
     try:
         yield
     except ValueError as error:

@@ -25,7 +25,7 @@ from dalle.generation.request import ImageRequest
 from dalle.images import has_transparency, open_image, to_png
 from dalle.pipeline import DallePipeline
 from dalle.serving.errors import ServingError, bad_request
-from dalle.serving.files import PREFIX, Format, Look, SignedFiles
+from dalle.serving.files import PREFIX, Format, OutputFormat, SignedFiles
 from dalle.serving.intake import (
     accept,
     count_candidates,
@@ -51,13 +51,13 @@ OWNER = "dalle"
 
 
 def router(state: State, files: SignedFiles) -> APIRouter:
-    """The routes."""
+    """Return the routes."""
     routes, started_at = APIRouter(prefix="/v1"), int(time.time())
 
     @routes.post("/images/generations", openapi_extra=_body("application/json", GenerationBody))
     async def generate(http: HttpRequest) -> Response:
         wanted = check(GenerationBody, await read_json(http, state))
-        order = Order.of(state, wanted)
+        order = OpenAIOrder.of(state, wanted)
         return await answer(http, state, files, order, lambda: read(order))
 
     @routes.post("/images/edits", openapi_extra=_edit_body())
@@ -72,7 +72,7 @@ def router(state: State, files: SignedFiles) -> APIRouter:
             wanted, image, mask = await read_edit(form)
         finally:
             await form.close()
-        order = Order.of(state, wanted, "image_edit")
+        order = OpenAIOrder.of(state, wanted, "image_edit")
         return await answer(
             http, state, files, order, lambda: read_completion(state, order, wanted.keep_rows, image, mask)
         )
@@ -103,21 +103,21 @@ def router(state: State, files: SignedFiles) -> APIRouter:
 
 
 @dataclass(frozen=True)
-class Order:
+class OpenAIOrder:
     """A request of the API, checked as far as it does not concern the caption or a picture."""
 
     wanted: OpenAIImageBody
     event: str  # what its stream events are called
     n_images: int
     n_candidates: int
-    look: Look
+    look: OutputFormat
     quality: str
     gives_url: bool
     is_stream: bool
     n_partial: int
 
     @classmethod
-    def of(cls, state: State, wanted: OpenAIImageBody, event: str = "image_generation") -> Order:
+    def of(cls, state: State, wanted: OpenAIImageBody, event: str = "image_generation") -> OpenAIOrder:
         """ServingErrors for a model that is not here, a size, a format or numbers that it does not give."""
         if wanted.model is not None:
             check_model(state.pipe, wanted.model)
@@ -152,7 +152,7 @@ class Order:
         }
 
 
-def read_look(wanted: OpenAIImageBody, native: int) -> Look:
+def read_look(wanted: OpenAIImageBody, native: int) -> OutputFormat:
     """Size and format of what is handed out; ServingErrors for those that the model does not give."""
     side = native
     if wanted.size not in (None, "auto"):
@@ -169,16 +169,16 @@ def read_look(wanted: OpenAIImageBody, native: int) -> Look:
     if kind == "png" and wanted.output_compression not in (None, 100):
         raise bad_request("output_compression is for jpeg and webp: PNG loses nothing", "output_compression")
     compression = DEFAULT_COMPRESSION if wanted.output_compression is None else wanted.output_compression
-    return Look(side, kind, compression)
+    return OutputFormat(side, kind, compression)
 
 
 def model_id(pipe: DallePipeline) -> str:
-    """The model's name for clients: never a path of this machine."""
+    """Return the model's name for clients: never a path of this machine."""
     return "dalle-bundled" if pipe.name == "bundled" else pipe.name.rstrip("/").rpartition("/")[2] or "dalle"
 
 
 def check_model(pipe: DallePipeline, name: str) -> None:
-    """A 404 `model_not_found` for another model than the one served; "dalle" is whichever that is."""
+    """Return a 404 `model_not_found` for another model than the one served; "dalle" is whichever that is."""
     if name not in ("dalle", model_id(pipe)):
         raise ServingError(
             404,
@@ -196,7 +196,7 @@ def _model(pipe: DallePipeline, created: int) -> dict[str, Any]:
 
 
 def read(
-    order: Order,
+    order: OpenAIOrder,
     image: Image.Image | None = None,
     keep_rows: int | None = None,
     mask: Image.Image | None = None,
@@ -220,7 +220,7 @@ def read(
 
 
 def read_completion(
-    state: State, order: Order, keep_rows: int | None, image: bytes, mask: bytes | None
+    state: State, order: OpenAIOrder, keep_rows: int | None, image: bytes, mask: bytes | None
 ) -> ImageRequest:
     """As `read`, of an uploaded picture: what its mask leaves clear is drawn anew, else what it leaves clear itself."""
     picture, hole = read_picture(image, "image", state), None
@@ -275,7 +275,11 @@ async def read_edit(form: FormData) -> tuple[EditBody, bytes, bytes | None]:
 
 
 async def answer(
-    http: HttpRequest, state: State, files: SignedFiles, order: Order, prepare: Callable[[], ImageRequest]
+    http: HttpRequest,
+    state: State,
+    files: SignedFiles,
+    order: OpenAIOrder,
+    prepare: Callable[[], ImageRequest],
 ) -> Response:
     """Queues an order, and streams or waits."""
     n_rows = state.pipe.dvae.grid_size
@@ -283,7 +287,7 @@ async def answer(
     mailbox = Mailbox(rows, n_shown=1)
     job = await accept(state, order.n_candidates, mailbox, prepare, NAMES, keeps_candidates=False)
     headers = {"x-dalle-job": job.id, "x-dalle-truncated": str(job.request.truncation is not None).lower()}
-    writer = Writer(state, files, order, job, str(http.base_url).rstrip("/"))
+    writer = OpenAIEvents(state, files, order, job, str(http.base_url).rstrip("/"))
     if order.is_stream:
         return EventStream(state.queue, job, mailbox, writer.write, headers)
     event = await outcome(mailbox, http.receive, state.queue, job)
@@ -294,10 +298,10 @@ async def answer(
     return JSONResponse(await run_in_threadpool(writer.response, event), headers=headers)
 
 
-class Writer:
+class OpenAIEvents:
     """Turns a job's events into OpenAI's."""
 
-    def __init__(self, state: State, files: SignedFiles, order: Order, job: Job, base_url: str) -> None:
+    def __init__(self, state: State, files: SignedFiles, order: OpenAIOrder, job: Job, base_url: str) -> None:
         self._files, self._order, self._request, self._base_url = files, order, job.request, base_url
         config = state.pipe.transformer.config
         n_known = 0 if job.request.region is None else int((~job.request.region).sum())
@@ -315,7 +319,7 @@ class Writer:
         self._n_partial = 0
 
     def response(self, event: Settled) -> dict[str, Any]:
-        """The whole answer of a request without stream."""
+        """Return the whole answer of a request without stream."""
         return {
             "created": int(time.time()),
             "data": [self._datum(one) for one in event.pictures],
@@ -349,8 +353,8 @@ class Writer:
         return {"b64_json": base64.b64encode(data).decode("ascii"), "url": None, **about}
 
 
-def encode(image: Image.Image, recipe: Mapping[str, Any] | None, look: Look) -> bytes:
-    """A picture as it is handed out, enlarged where that was asked for; a PNG holds its recipe."""
+def encode(image: Image.Image, recipe: Mapping[str, Any] | None, look: OutputFormat) -> bytes:
+    """Return a picture as it is handed out, enlarged where that was asked for; a PNG holds its recipe."""
     if image.width != look.side:
         image = image.resize((look.side, look.side), Image.Resampling.LANCZOS)
     if look.format == "png":

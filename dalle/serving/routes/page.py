@@ -32,7 +32,7 @@ class PageFile:
     etag: str
 
     def response(self, if_none_match: str | None) -> Response:
-        """The file, or 304 to who has it already; asked for anew each time, so that an upgrade shows at once."""
+        """Return the file, or 304 to who has it already; asked for anew each time, so that an upgrade shows at once."""
         headers = {"ETag": self.etag, "Cache-Control": "no-cache"}
         known = [] if if_none_match is None else [tag.strip() for tag in if_none_match.split(",")]
         if self.etag in known or f"W/{self.etag}" in known:
@@ -52,7 +52,7 @@ def page_files() -> Mapping[str, PageFile]:
 
 
 def router(_: State) -> APIRouter:
-    """The routes `/` and `/static/NAME`."""
+    """Return the routes `/` and `/static/NAME`."""
     routes = APIRouter(include_in_schema=False)
     files = page_files()
 

@@ -8,11 +8,11 @@ from fastapi import APIRouter, Query, Response
 from dalle.serving.diagnosis import diagnose
 from dalle.serving.errors import ServingError
 from dalle.serving.state import State
-from dalle.serving.watch import MAX_STEP, SHEETS, Look, Run, Runs, StageState
+from dalle.serving.watch import MAX_STEP, SHEETS, Run, Runs, RunSnapshot, StageState
 
 
 def router(state: State) -> APIRouter:
-    """The routes beneath /api/runs; ValueError when the settings' folder of runs is none."""
+    """Return the routes beneath /api/runs; ValueError when the settings' folder of runs is none."""
     routes = APIRouter(prefix="/api/runs", tags=["training"])
     runs = None if state.settings.runs is None else Runs(state.settings.runs)
 
@@ -30,7 +30,7 @@ def router(state: State) -> APIRouter:
 
     @routes.get("/{id}")
     def read_run(id: str, since: Annotated[int, Query(ge=0, le=MAX_STEP)] = 0) -> dict[str, Any]:
-        """A run; of its numbers those that came after `since`, which is the `next` of the last answer."""
+        """Return a run; of its numbers those that came after `since`, which is the `next` of the last answer."""
         run = find(id)
         look = run.look()
         is_reset = since < look.rewritten_at or since > look.end
@@ -59,7 +59,7 @@ def router(state: State) -> APIRouter:
 
     @routes.get("/{id}/sheets/{name}.png")
     def read_sheet(id: str, name: str) -> Response:
-        """A sheet that the run drew; `name` is one of the listing's."""
+        """Return a sheet that the run drew; `name` is one of the listing's."""
         try:
             data = find(id).sheet(name)
         except (ValueError, OSError) as error:
@@ -71,8 +71,8 @@ def router(state: State) -> APIRouter:
     return routes
 
 
-def summary(run: Run, look: Look) -> dict[str, Any]:
-    """A run in the listing: its stage is the one that trained last."""
+def summary(run: Run, look: RunSnapshot) -> dict[str, Any]:
+    """Return a run in the listing: its stage is the one that trained last."""
     newest = next((stage for stage in reversed(look.stages) if stage.step), None)
     return {
         "id": run.id,
@@ -87,7 +87,7 @@ def _stage(state: StageState) -> dict[str, Any]:
     return {"stage": state.stage, "status": state.status, "step": state.step, "steps": state.steps}
 
 
-def _codebook(look: Look) -> dict[str, Any] | None:
+def _codebook(look: RunSnapshot) -> dict[str, Any] | None:
     """How much of the codebook the dVAE uses, as last measured; None where no dVAE was trained."""
     rows = look.of("dvae")
     n_codes = next((stage.model.get("n_codes") for stage in look.stages if stage.stage == "dvae"), None)

@@ -69,7 +69,7 @@ class Template(Config):
         return self
 
     def words(self, slot: str) -> tuple[str, ...]:
-        """The words of a slot, once no list's name stands for them."""
+        """Return the words of a slot, once no list's name stands for them."""
         words = self.slots[slot]
         assert not isinstance(words, str)
         return words
@@ -92,7 +92,7 @@ class TemplateFile(Config):
 
 
 def load_templates(more: Path | None = None) -> list[Template]:
-    """The templates of the package, then those of another file; one with a known id takes that one's place.
+    """Return the templates of the package, then those of another file; one with a known id takes that one's place.
 
     Raises ValueError, one line with the file's name, for a file that is missing, no TOML or not of this form.
     """
@@ -109,7 +109,7 @@ def _read(file: Traversable, source: str) -> TemplateFile:
 
 
 def _resolved(file: TemplateFile, words: dict[str, tuple[str, ...]], source: str) -> dict[str, Template]:
-    """The templates of a file by id, with the words in place of the names of lists."""
+    """Return the templates of a file by id, with the words in place of the names of lists."""
     found = dict[str, Template]()
     for template in file.template:
         if template.id in found:
@@ -127,13 +127,13 @@ def _resolved(file: TemplateFile, words: dict[str, tuple[str, ...]], source: str
 
 
 def router(state: State) -> APIRouter:
-    """The route /api/templates; ValueError when the settings' file of templates is none."""
+    """Return the route /api/templates; ValueError when the settings' file of templates is none."""
     routes = APIRouter(prefix="/api", tags=["templates"])
     templates = [template.model_dump(mode="json") for template in load_templates(state.settings.templates)]
 
     @routes.get("/templates")
     def list_templates() -> dict[str, Any]:
-        """The explorer's captions, the package's first."""
+        """Return the explorer's captions, the package's first."""
         return {"templates": templates}
 
     return routes

@@ -23,7 +23,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from dalle.attention import ImageCache
+from dalle.generation.cache import ImageCache
 from dalle.transformer import Layer, Transformer
 
 SOURCE = Path(__file__).with_name("native.c")
@@ -209,7 +209,7 @@ def can_run(like: Tensor) -> bool:
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """The compiled functions, compiled first where they are not in the user's cache.
+    """Return the compiled functions, compiled first where they are not in the user's cache.
 
     Raises:
         ValueError: there is no C compiler, or it failed.
@@ -223,7 +223,7 @@ def load() -> ctypes.CDLL:
 
 
 def find_compiler() -> str | None:
-    """The machine's C compiler, $CC first."""
+    """Return the machine's C compiler, $CC first."""
     return next(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "cc", "gcc", "clang"))), None)
 
 
@@ -246,7 +246,7 @@ def _compile(library: Path) -> None:
 
 
 def _processor() -> bytes:
-    """What code for this very processor depends on."""
+    """Return what code for this very processor depends on."""
     try:
         told = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from dalle.attention import ImageCache, Position, RecordedImageCache
+from dalle.generation.cache import ImageCache, Position, RecordedImageCache
 
 if TYPE_CHECKING:
     from dalle.generation.decoder import Group
@@ -39,7 +39,7 @@ def attend(
     images: ImageCache,
     position: Position,
 ) -> Tensor:
-    """What `attend_step` gives, from a `RecordedImageCache`: (R, 3 C) at `position` -> (R, C)."""
+    """Return what `attend_step` gives, from a `RecordedImageCache`: (R, 3 C) at `position` -> (R, C)."""
     assert isinstance(images, RecordedImageCache) and isinstance(position, Tensor)
     keys, values = captions
     n_heads, _, n_text, d_head = keys.shape
@@ -83,7 +83,7 @@ _compiled: Any = None
 
 
 def _kernel() -> Any:
-    """The kernel, made on first use: importing Triton takes seconds and needs no place where there is no GPU."""
+    """Return the kernel, made on first use: importing Triton takes seconds and needs no place where there is no GPU."""
     global _compiled, tl
     if _compiled is None:
         import triton

@@ -1,4 +1,4 @@
-"""A batch of half-drawn pictures, and how each of their next tokens comes about: on a CPU, or recorded for a GPU.
+"""Decoding state of a batch, and one decoding step: eager, or recorded as a CUDA graph.
 
 Both ways do the same in the same order: predict, choose, put known tokens in their place, read what was chosen. The
 recorded way looks up everything that depends on the position in tables, by a tensor on the device; so its shapes never
@@ -15,23 +15,23 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dalle.attention import RecordedImageCache
-from dalle.generation import triton_attention
-from dalle.generation.decoder import Decoder
-from dalle.generation.sampling import Chooser
+from dalle.generation.cache import RecordedImageCache
+from dalle.generation.decoder import TransformerDecoder
+from dalle.generation.kernels import triton_attention
+from dalle.generation.sampling import TokenSampler
 from dalle.token_model import TokenDecoder
 
 WARM_UP = 2  # passes before a CUDA graph is recorded, so that libraries have set themselves up
 
 
-class Drawing:
+class DecodingSteps:
     """Pictures side by side, drawn token by token into `tokens`, which is edited in place.
 
     Args:
         decoder: of the token model.
         text: (B, T) int64, the captions, and what guided pictures read in their place.
         n_pictures: of each caption.
-        chooser: knows each picture's settings.
+        sampler: knows each picture's settings.
         noise: (R, N), one uniform number a token.
         known: (R, N) int64, tokens that must be there, -1 where they are to be drawn.
         tokens: (R, N) int64.
@@ -42,12 +42,12 @@ class Drawing:
         decoder: TokenDecoder,
         text: Tensor,
         n_pictures: Sequence[int],
-        chooser: Chooser,
+        sampler: TokenSampler,
         noise: Tensor,
         known: Tensor,
         tokens: Tensor,
     ) -> None:
-        self.decoder, self.chooser = decoder, chooser
+        self.decoder, self.sampler = decoder, sampler
         self.noise, self.known, self.tokens = noise, known, tokens
         self.is_nan = torch.zeros((), dtype=torch.bool, device=tokens.device)  # whether any logit was
         self._is_known = (known >= 0).any(dim=0).tolist()
@@ -56,7 +56,7 @@ class Drawing:
         self._prepare()
 
     def _prepare(self) -> None:
-        """What a subclass does between the captions and the first token."""
+        """Do what a subclass does between the captions and the first token."""
 
     def advance_(self, position: int) -> None:
         """Draws the tokens at raster index `position`; the calls go through all of them in order."""
@@ -66,20 +66,20 @@ class Drawing:
             column = torch.where(column >= 0, column, drawn) if self._is_known[position] else drawn
         self.tokens[:, position] = column
         if position + 1 < self.tokens.shape[1]:
-            self.state = self.decoder.step(self.chooser.read(column), self.stream)
+            self.state = self.decoder.step(self.sampler.read(column), self.stream)
 
     def _choose(self, uniform: Tensor) -> Tensor:
-        logits = self.decoder.head(self.chooser.guide(self.decoder.norm(self.state)))  # (R, K)
+        logits = self.decoder.head(self.sampler.guide(self.decoder.norm(self.state)))  # (R, K)
         self.is_nan |= logits.amax().isnan()
-        return self.chooser(logits, uniform)
+        return self.sampler(logits, uniform)
 
 
-class RecordedDrawing(Drawing):
+class RecordedSteps(DecodingSteps):
     """The same with fixed shapes; on a GPU one CUDA graph, elsewhere run as it is, for the tests."""
 
     def _prepare(self) -> None:
         decoder, tokens = self.decoder, self.tokens
-        assert isinstance(decoder, Decoder)
+        assert isinstance(decoder, TransformerDecoder)
         self.stream.images = [RecordedImageCache.of(cache) for cache in self.stream.images]
         d_head = decoder.config.d_head
         if decoder.is_native and tokens.device.type == "cuda" and triton_attention.can_run(d_head):
@@ -102,7 +102,7 @@ class RecordedDrawing(Drawing):
         drawn = self._choose(self.noise.index_select(1, position)[:, 0])
         column = torch.where(column >= 0, column, drawn)
         self.tokens.index_copy_(1, position, column[:, None])
-        self.state.copy_(self.decoder.step(self.chooser.read(column), self.stream))
+        self.state.copy_(self.decoder.step(self.sampler.read(column), self.stream))
 
     def _record(self) -> torch.cuda.CUDAGraph:
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]

@@ -5,9 +5,10 @@ import os
 import pytest
 import torch
 
-from dalle.attention import AttentionPlan, ImageCache, LayerKind, RecordedImageCache
-from dalle.generation import triton_attention
+from dalle.attention import AttentionPlan, LayerKind
+from dalle.generation.cache import ImageCache, RecordedImageCache
 from dalle.generation.decoder import attend_step, group
+from dalle.generation.kernels import triton_attention
 from tests.test_generation_engine import KINDS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

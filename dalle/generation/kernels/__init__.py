@@ -1,0 +1,1 @@
+"""Compiled attention: C for CPUs, Triton for GPUs."""
