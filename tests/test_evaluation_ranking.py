@@ -17,12 +17,14 @@ from dalle.data.pairs import PairSet, read_pairs
 from dalle.data.shapes import write_shapes
 from dalle.evaluation.ranking import CaptionVectors, RankerReport, best_of
 from dalle.evaluation.report import evaluate
+from dalle.evaluation.subject import Settings
 from dalle.generation.rerank import Ranker
 from dalle.model_folder import write_index
 from dalle.pipeline import DallePipeline
 from tests.tiny import tiny_clip, tiny_pipe
 
 N_OBJECTS = 20
+SHORT = Settings(networks=(), candidates=2, curve_candidates=2)
 STYLES = ("flat", "dark")
 
 
@@ -167,7 +169,7 @@ def test_the_report_asks_the_judge_and_never_the_ranker_about_the_draws(tmp_path
     write_index(tmp_path / "model", pipe.defaults)
     loaded = DallePipeline.from_pretrained(tmp_path / "model")
     steps: list[tuple[int, int]] = []
-    report = evaluate(loaded, pairs, tmp_path / "out", progress=lambda *step: steps.append(step))
+    report = evaluate(loaded, pairs, tmp_path / "out", SHORT, progress=lambda *step: steps.append(step))
     assert report["clip"].keys() == {"splits"} and report["judge"].keys() == {"splits", "draws"}
     assert report["judge"]["splits"]["validation"]["n_pictures"] == 8 == report["judge"]["draws"]["n"]
     assert report["clip"]["splits"] != report["judge"]["splits"]
@@ -176,7 +178,7 @@ def test_the_report_asks_the_judge_and_never_the_ranker_about_the_draws(tmp_path
     copy = DallePipeline.from_pretrained(tmp_path / "copy")
     judge = copy.load_judge()
     assert judge is not None and copy.ranker is not None and judge.sha256 != copy.ranker.sha256
-    without = evaluate(plain, pairs, tmp_path / "plain")
+    without = evaluate(plain, pairs, tmp_path / "plain", SHORT)
     assert "clip" not in without and "judge" not in without
 
 

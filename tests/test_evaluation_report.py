@@ -19,6 +19,7 @@ from dalle.pipeline import DallePipeline
 from tests.tiny import LARGE, tiny_dvae, tiny_pipe
 
 SIZE = 32
+SHORT = "--curve-candidates 4 --networks none"  # what `asked` asks for
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,11 @@ def pipe(shapes: PairSet) -> DallePipeline:
     return tiny_pipe(caption for pair in shapes for caption in pair.captions)
 
 
+def asked(**settings: Any) -> Settings:
+    """Settings of an evaluation without networks, and with short curves."""
+    return Settings(**{"networks": (), "curve_candidates": 4, **settings})
+
+
 def without_times(report: dict[str, Any]) -> dict[str, Any]:
     return {name: section for name, section in report.items() if name != "times"}
 
@@ -46,12 +52,12 @@ def test_report_holds_every_section_and_two_runs_are_equal(
     pipe: DallePipeline, shapes: PairSet, tmp_path: Path
 ) -> None:
     steps: list[tuple[int, int]] = []
-    first = evaluate(pipe, shapes, tmp_path / "a", Settings(seed=5), lambda *step: steps.append(step))
-    second = evaluate(pipe, shapes, tmp_path / "b", Settings(seed=5))
+    first = evaluate(pipe, shapes, tmp_path / "a", asked(seed=5), lambda *step: steps.append(step))
+    second = evaluate(pipe, shapes, tmp_path / "b", asked(seed=5))
     assert json.loads((tmp_path / "a" / "report.json").read_text()) == first
     assert without_times(first) == without_times(second)
     assert steps[-1][0] == steps[-1][1] and steps == sorted(steps)
-    assert first["command"] == "dalle evaluate unsaved DATA --seed 5"
+    assert first["command"] == f"dalle evaluate unsaved DATA {SHORT} --seed 5"
     assert first["model"]["sha256"] == pipe.model_sha256
     assert first["data"]["measured"] == {"combo": 40}
     tokenizer = first["image_tokenizer"]
@@ -69,7 +75,7 @@ def test_report_holds_every_section_and_two_runs_are_equal(
 def test_a_killed_evaluation_goes_on_and_ends_with_the_same_report(
     pipe: DallePipeline, shapes: PairSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = evaluate(pipe, shapes, tmp_path / "whole")
+    whole = evaluate(pipe, shapes, tmp_path / "whole", asked())
 
     class Killed(BaseException):
         pass
@@ -77,36 +83,29 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_report(
     def killed(*arguments: object) -> None:
         raise Killed
 
-    drawn = list[int]()
-    real = module.Subject.draws
-
-    def counted(subject: module.Subject) -> Any:
-        drawn.append(1)
-        return real(subject)
-
     with monkeypatch.context() as patch:
         patch.setattr(module, "_sheets", killed)
         with pytest.raises(Killed):
-            evaluate(pipe, shapes, tmp_path / "out")
+            evaluate(pipe, shapes, tmp_path / "out", asked())
     assert not (tmp_path / "out" / "report.json").exists()
     with monkeypatch.context() as patch:
         patch.setattr("dalle.evaluation.subject.draw", killed)  # drawing again would raise
-        resumed = evaluate(pipe, shapes, tmp_path / "out")
+        resumed = evaluate(pipe, shapes, tmp_path / "out", asked())
     assert without_times(resumed) == without_times(whole)
     with monkeypatch.context() as patch:  # parts of other settings are not taken for one's own
         patch.setattr(module, "_sheets", killed)
         with pytest.raises(Killed):
-            evaluate(pipe, shapes, tmp_path / "out", Settings(seed=1))
+            evaluate(pipe, shapes, tmp_path / "out", asked(seed=1))
         patch.setattr("dalle.evaluation.subject.draw", killed)
         with pytest.raises(Killed):
-            evaluate(pipe, shapes, tmp_path / "out", Settings(seed=2))
+            evaluate(pipe, shapes, tmp_path / "out", asked(seed=2))
 
 
 def test_a_larger_drawing_is_measured_at_its_size_and_averaged_to_that_of_the_tokens(
     shapes: PairSet, tmp_path: Path
 ) -> None:
     large = tiny_pipe((caption for pair in shapes for caption in pair.captions), tiny_dvae(**LARGE))
-    figures = evaluate(large, shapes, tmp_path, Settings(limit=20, candidates=1))["image_tokenizer"]
+    figures = evaluate(large, shapes, tmp_path, asked(limit=20, candidates=1))["image_tokenizer"]
     pictures = images.to_tensor(
         [images.center_crop(pair.open(), 64) for pair in shapes if pair.split == "combo"][::2]
     )
@@ -121,11 +120,11 @@ def test_a_larger_drawing_is_measured_at_its_size_and_averaged_to_that_of_the_to
 
 
 def test_limit_bounds_every_split_and_the_draws(pipe: DallePipeline, shapes: PairSet, tmp_path: Path) -> None:
-    report = evaluate(pipe, shapes, tmp_path, Settings(splits=("combo", "train"), limit=20, candidates=3))
+    report = evaluate(pipe, shapes, tmp_path, asked(splits=("combo", "train"), limit=20, candidates=3))
     assert report["data"]["measured"] == {"combo": 20, "train": 20}
     assert report["image_tokenizer"]["n_pictures"] == report["image_tokenizer"]["n_pictures_for_codes"] == 40
     assert report["retrieval"]["galleries"]["style"]["n"] == 20
-    options = "--splits combo,train --limit 20 --candidates 3 --seed 0"
+    options = f"--splits combo,train --limit 20 --candidates 3 {SHORT} --seed 0"
     assert report["command"] == f"dalle evaluate unsaved DATA {options}"
 
 
@@ -135,7 +134,7 @@ def test_unreadable_pictures_are_left_out_and_counted(
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
     pairs = PairSet((replace(shapes[0], path=str(broken)), *shapes.pairs[1:]))
-    report = evaluate(pipe, pairs, tmp_path / "out")
+    report = evaluate(pipe, pairs, tmp_path / "out", asked())
     assert report["unreadable"]["n"] == 1 and shapes[0].key in report["unreadable"]["first"][0]
     assert report["image_tokenizer"]["n_pictures"] == report["transformer"]["combo"]["n_pictures"] == 39
     assert report["retrieval"]["galleries"]["style"]["n"] == 23
@@ -146,7 +145,7 @@ def test_unreadable_pictures_are_left_out_and_counted(
 def test_too_few_pictures_give_sentences_in_place_of_retrieval_figures(
     pipe: DallePipeline, shapes: PairSet, tmp_path: Path
 ) -> None:
-    gallery = evaluate(pipe, shapes[:3], tmp_path)["retrieval"]["galleries"]["style"]
+    gallery = evaluate(pipe, shapes[:3], tmp_path, asked())["retrieval"]["galleries"]["style"]
     recall = gallery["queries"]["draws"]["recall_at_1"]
     assert recall["value"] is None and recall["refused"] == "3 values: at least 20 are needed for a figure"
 
@@ -155,7 +154,7 @@ def test_mistakes_are_named_before_anything_is_measured(
     pipe: DallePipeline, shapes: PairSet, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=r"split 'tone' is not in the data, which have combo 40, train 40"):
-        evaluate(pipe, shapes, tmp_path, Settings(splits=("tone",)))
+        evaluate(pipe, shapes, tmp_path, asked(splits=("tone",)))
     with pytest.raises(ValueError, match="nothing is held out, the data have train 40"):
         evaluate(pipe, shapes.of_split("train"), tmp_path)
     (tmp_path / "file").write_text("")

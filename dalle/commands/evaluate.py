@@ -30,6 +30,15 @@ def evaluate(
         typer.Option(help="Candidates per caption; CLIP chooses one. The model's default if left out."),
     ] = None,
     probe: Annotated[str, typer.Option(help="Metadata field that the linear probe predicts.")] = "group",
+    networks: Annotated[
+        str,
+        typer.Option(
+            help="For distances, a comma list: lite0, lite1, judge, a TorchScript Inception; or none."
+        ),
+    ] = "lite0",
+    curve_candidates: Annotated[
+        int, typer.Option(help="Candidates of 32 captions for the curves over rerank size.")
+    ] = 512,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -51,6 +60,8 @@ def evaluate(
         "seed": seed,
         "candidates": candidates,
         "probe": probe,
+        "networks": [] if networks == "none" else [part.strip() for part in networks.split(",")],
+        "curve_candidates": curve_candidates,
     }
     settings = validate(Settings, tree, "evaluate")
     pairs = read_pairs(data)

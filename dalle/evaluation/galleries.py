@@ -1,4 +1,4 @@
-"""The galleries that a draw's true picture hides in: others of its style, and the same object in other styles.
+"""The galleries that a draw's true picture hides in: of its style, of its object in other styles, and its neighbours.
 
 Source: retrieval among K candidates as in R-precision (Park et al. 2021), here by pictures. A model that draws the
 object and forgets the style, or copies it from another style, wins in the first gallery and fails in the second.
@@ -8,7 +8,7 @@ Shapes: K candidates, D thumbnail values.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from dalle.evaluation.metrics import thumbnails
 from dalle.evaluation.pictures import PictureReader
 
 N_DISTRACTORS = 99
+STYLE, STYLE_AND_OBJECT, NEIGHBOURS = "style", "style_and_object", "neighbours"
 OBJECT_FIELD, NAME_FIELD = "okey", "object"  # of the art set: a drawn thing; with its skin tone and gender
 MAX_THUMBNAILS = 2**16  # kept between rows: 200 MB
 
@@ -64,14 +65,20 @@ def distractors(pairs: PairSet, row: int, pool: npt.NDArray[np.int64]) -> list[i
 class Galleries:
     """The candidates of a row, its own picture first."""
 
-    def __init__(self, pairs: PairSet) -> None:
-        self.pairs, self._pools = pairs, pools_of(pairs)
+    def __init__(self, pairs: PairSet, neighbours: Mapping[int, Sequence[int]] | None = None) -> None:
+        """`neighbours`: of each row, the pictures nearest to its own in some embedding."""
+        self.pairs, self._pools, self._neighbours = pairs, pools_of(pairs), neighbours
         self._same_object: dict[str, list[int]] = {}
         self._same_name: dict[str, list[int]] = {}
         for index, pair in enumerate(pairs):
             for known, name in ((self._same_object, OBJECT_FIELD), (self._same_name, NAME_FIELD)):
                 if (value := field_of(pair, name)) is not None:
                     known.setdefault(value, []).append(index)
+
+    def members(self, row: int) -> dict[str, list[int]]:
+        """Every gallery of a row, by name."""
+        found = {STYLE: self.of_style(row), STYLE_AND_OBJECT: self.of_style_and_object(row)}
+        return found if self._neighbours is None else found | {NEIGHBOURS: [row, *self._neighbours[row]]}
 
     def of_style(self, row: int) -> list[int]:
         """The row and 99 others of its style."""

@@ -18,10 +18,13 @@ from torch import Tensor
 from dalle import __version__, files, images
 from dalle.data.pairs import PairSet
 from dalle.evaluation.components import image_tokenizer, pictures_for_codes, transformer
+from dalle.evaluation.curves import curves
 from dalle.evaluation.galleries import zero_shot_rows
+from dalle.evaluation.memorisation import memorisation
 from dalle.evaluation.protocols import BATCH, decode, reconstruct
 from dalle.evaluation.ranking import MAX_PROBE_PICTURES, RankerReport
 from dalle.evaluation.retrieval import zero_shot
+from dalle.evaluation.samples import samples
 from dalle.evaluation.sheets import pairs_sheet, spread
 from dalle.evaluation.subject import Parts, Progress, Report, Settings, Subject, choose, indices_of
 from dalle.generation.recipe import Versions
@@ -138,6 +141,9 @@ def _section(name: str) -> Section:
         "image_tokenizer": image_tokenizer,
         "transformer": transformer,
         "retrieval": zero_shot,
+        "samples": samples,
+        "curves": curves,
+        "memorisation": memorisation,
         "clip": lambda subject: _ranker(subject, "clip"),
         "judge": lambda subject: _ranker(subject, "judge"),
         "sheets": _sheets,
@@ -152,7 +158,7 @@ def _sizes(subject: Subject) -> dict[str, int]:
     return {
         "image_tokenizer": n + len(pictures_for_codes(subject)),
         "transformer": 2 * n,
-        "retrieval": n_rows * (subject.n_candidates + 1),
+        "retrieval": n_rows * (subject.n_candidates + 1) + (len(subject.pairs) if subject.extractors else 0),
         **dict.fromkeys(subject.rankers, n_ranked),
         "sheets": 2 * SHEET_PICTURES,
     }
@@ -204,9 +210,11 @@ def _versions() -> dict[str, str]:
 def _command(model: str, settings: Settings) -> str:
     """What to type for the same figures; DATA stands for where the pictures lie."""
     options = ["--splits", ",".join(settings.splits)] if settings.splits else []
-    for name in ("limit", "candidates"):
-        if (value := getattr(settings, name)) is not None:
-            options += [f"--{name}", str(value)]
+    for name in ("limit", "candidates", "curve_candidates"):
+        if (value := getattr(settings, name)) != Settings.model_fields[name].default:
+            options += [f"--{name.replace('_', '-')}", str(value)]
+    if settings.networks != Settings.model_fields["networks"].default:
+        options += ["--networks", ",".join(settings.networks) or "none"]
     return shlex.join(["dalle", "evaluate", model, "DATA", *options, "--seed", str(settings.seed)])
 
 

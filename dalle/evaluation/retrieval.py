@@ -7,7 +7,7 @@ Shapes: R rows, K candidates, C equally likely answers, D thumbnail values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,18 +16,13 @@ import torch
 from torch import Tensor
 
 from dalle.evaluation.baselines import DONOR, MEAN, MEANING, RANDOM, Query, copies
-from dalle.evaluation.galleries import Galleries, Thumbnails, style_of
+from dalle.evaluation.galleries import STYLE, Galleries, Thumbnails, style_of
 from dalle.evaluation.intervals import difference, estimate, median_estimate
 from dalle.evaluation.metrics import rank_of_first, retrieval_by_chance, thumbnails
 from dalle.evaluation.protocols import BATCH, decode, reconstruct
 from dalle.evaluation.subject import Subject
 from dalle.pipeline import DallePipeline
 
-STYLE, STYLE_AND_OBJECT = "style", "style_and_object"
-GALLERIES: dict[str, Callable[[Galleries, int], list[int]]] = {
-    STYLE: lambda galleries, row: galleries.of_style(row),
-    STYLE_AND_OBJECT: lambda galleries, row: galleries.of_style_and_object(row),
-}
 COPYING = (RANDOM, MEAN, DONOR)
 MIN_BY_STYLE = 5  # rows of a style below which it is not listed
 
@@ -47,12 +42,10 @@ class Retrieval:
         """`queries` holds an answer (C, D), or None, to each of `rows`; rows whose picture is unreadable are left out."""
         self._pairs = galleries.pairs
         self.rows: list[int] = []
-        self.ranks: dict[str, dict[str, list[Ranks | None]]] = {
-            name: {query: [] for query in queries} for name in GALLERIES
-        }
-        self.n_candidates: dict[str, list[int]] = {name: [] for name in GALLERIES}
+        self.ranks: dict[str, dict[str, list[Ranks | None]]] = {}  # gallery -> query -> row
+        self.n_candidates: dict[str, list[int]] = {}
         for place, row in enumerate(rows):
-            members = {name: of(galleries, row) for name, of in GALLERIES.items()}
+            members = galleries.members(row)
             small.load_({index for found in members.values() for index in found})
             if not small.is_readable(row):
                 continue
@@ -61,9 +54,10 @@ class Retrieval:
                 continue
             self.rows.append(row)
             for name, pictures in candidates.items():
-                self.n_candidates[name].append(len(pictures))
+                self.n_candidates.setdefault(name, []).append(len(pictures))
+                ranks = self.ranks.setdefault(name, {query: [] for query in queries})
                 for query, answers in queries.items():
-                    self.ranks[name][query].append(_ranks(answers[place], pictures))
+                    ranks[query].append(_ranks(answers[place], pictures))
 
     def recalls(self, gallery: str, query: str, k: int = 1) -> list[float | None]:
         """By row, the share of its answers among the k nearest, 0..1; None where the query has none."""
@@ -83,7 +77,7 @@ class Retrieval:
                 },
                 "by_style": self._by_style(name, [query for query in ours if query in self.ranks[name]]),
             }
-            for name in GALLERIES
+            for name in self.ranks
         }
 
     def _figures(self, gallery: str, query: str) -> dict[str, Any]:

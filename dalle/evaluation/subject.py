@@ -14,10 +14,19 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn import functional as F
 
 from dalle import files, weights
 from dalle.config import Config
 from dalle.data.pairs import PairSet
+from dalle.evaluation.efficientnet import VARIANTS
+from dalle.evaluation.features import (
+    ClipFeatures,
+    EfficientNetFeatures,
+    FeatureExtractor,
+    ScriptedFeatures,
+    extract,
+)
 from dalle.evaluation.galleries import Galleries, Thumbnails, zero_shot_rows
 from dalle.evaluation.pictures import PictureReader
 from dalle.evaluation.protocols import Draws, draw
@@ -28,6 +37,7 @@ from dalle.pipeline import DallePipeline
 NOT_HELD_OUT = ("train", "excluded")
 CANDIDATES = 16  # a caption, where the model has a CLIP and says nothing itself
 CAPTIONS_A_PART = 16
+N_NEIGHBOURS = 16
 Report = Callable[[int, int], None]  # called with (units of work done, of how many)
 
 
@@ -39,6 +49,10 @@ class Settings(Config):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     candidates: Annotated[int, Field(ge=1)] | None = None  # a caption; None: the model's default
     probe: str = "group"  # field that the linear probe predicts
+    curve_candidates: Annotated[int, Field(ge=2, le=2**13)] = (
+        512  # a caption, for the curves over rerank size
+    )
+    networks: tuple[str, ...] = ("lite0",)  # "lite0", "lite1", "judge", or a TorchScript file
 
 
 class Parts:
@@ -110,8 +124,36 @@ class Subject:
 
     @cached_property
     def galleries(self) -> Galleries:
-        """The galleries of the whole data set."""
-        return Galleries(self.pairs)
+        """The galleries of the whole data set; the neighbours of a row need a network."""
+        if self.memory_network is None:
+            return Galleries(self.pairs)
+        every = F.normalize(self.picture_features(), dim=-1)
+        nearest = (every[self.rows] @ every.T).topk(min(N_NEIGHBOURS + 1, len(every)), dim=1).indices.tolist()
+        return Galleries(
+            self.pairs,
+            {
+                row: [index for index in found if index != row][:N_NEIGHBOURS]
+                for row, found in zip(self.rows, nearest, strict=True)
+            },
+        )
+
+    def picture_features(self) -> Tensor:
+        """Features (M, D) of all pictures by the network that looks for copies; zeros of unreadable ones."""
+        network = self.memory_network
+        assert network is not None
+
+        def compute() -> dict[str, Tensor]:
+            found: dict[int, Tensor] = {}
+            for positions, pictures in self.reader.batches(self.pairs.pairs):
+                found.update(zip(positions, extract(network, [pictures], self.advance)[0], strict=True))
+            width = len(next(iter(found.values()), torch.zeros(1)))
+            return {
+                "features": torch.stack(
+                    [found.get(i, torch.zeros(width)) for i in range(len(self.pairs))]
+                ).half()
+            }
+
+        return self.parts.tensors(f"pictures-{network.sha256[:8]}", compute)["features"].float()
 
     @cached_property
     def small(self) -> Thumbnails:
@@ -143,6 +185,28 @@ class Subject:
         """The model's CLIPs: `clip` chooses among candidates, `judge` only judges."""
         both = {"clip": self.pipe.ranker, "judge": self.pipe.load_judge()}
         return {name: ranker for name, ranker in both.items() if ranker is not None}
+
+    @cached_property
+    def extractors(self) -> list[FeatureExtractor]:
+        """The networks that measure distances; ValueError for one that is not there."""
+        return [self._extractor(name) for name in self.settings.networks]
+
+    @cached_property
+    def memory_network(self) -> FeatureExtractor | None:
+        """The network that looks for copies: one that no loss and no choice uses."""
+        return EfficientNetFeatures("lite1", 64) if self.settings.networks else None
+
+    def _extractor(self, name: str) -> FeatureExtractor:
+        if name in VARIANTS:
+            return EfficientNetFeatures(name)
+        if name == "judge":
+            if name not in self.rankers:
+                raise ValueError("network 'judge' is not in the model folder: leave it out")
+            return ClipFeatures(self.rankers[name])
+        if not Path(name).is_file():
+            known = ", ".join((*VARIANTS, "judge"))
+            raise ValueError(f"network {name!r} is unknown: use {known}, or a TorchScript file")
+        return ScriptedFeatures(Path(name))
 
     @cached_property
     def n_candidates(self) -> int:
