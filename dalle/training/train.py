@@ -174,6 +174,8 @@ def _prepare(
     pairs.require_mostly_good(data.max_bad)
     counts = ", ".join(f"{split} {count}" for split, count in sorted(pairs.counts.items()))
     logger.info("%s: %d captioned pictures (%s); training uses split train", data, len(pairs), counts)
+    for note in pairs.notes:
+        logger.info("%s: %s", data, note)
     if pairs.bad:
         logger.warning("%s: %d bad samples are left out; see run/bad_samples.jsonl", data, len(pairs.bad))
     learned = [pair for pair in pairs if pair.split == "train"]
