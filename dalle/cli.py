@@ -5,7 +5,20 @@ import sys
 
 import typer
 
-from dalle.commands import data, draw, evaluate, learn, rank
+from dalle.commands import (
+    classify,
+    data,
+    encode,
+    evaluate,
+    finetune,
+    generate,
+    import_,
+    learn,
+    plan,
+    rerank,
+    rerun,
+    serve,
+)
 
 app = typer.Typer(
     name="dalle",
@@ -17,16 +30,17 @@ app = typer.Typer(
 data_app = typer.Typer(help="Look over and build data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
-app.command()(draw.generate)
+app.command()(generate.generate)
 app.command()(learn.train)
-app.command()(learn.encode)
+app.command()(finetune.finetune)
+app.command()(encode.encode)
 app.command()(evaluate.evaluate)
-app.command()(draw.rerun)
-app.command()(draw.serve)
-app.command()(rank.rerank)
-app.command()(rank.classify)
-app.command()(learn.plan)
-app.command(name="import")(learn.import_checkpoint)
+app.command()(rerun.rerun)
+app.command()(serve.serve)
+app.command()(rerank.rerank)
+app.command()(classify.classify)
+app.command()(plan.plan)
+app.command(name="import")(import_.import_checkpoint)
 data_app.command()(data.inspect)
 data_app.command(name="filter")(data.filter_data)
 data_app.command()(data.emoji)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dalle.config import Config, validate
+from dalle.images import box_filtered
 from dalle.weights import load_module, save_component
 
 DOWNSAMPLING = 8  # image side / grid side; three 2x poolings (§2.1)
@@ -185,6 +186,13 @@ def logit_laplace_nll(mapped: Tensor, mu: Tensor, ln_b: Tensor) -> Tensor:
     """-ln f(x | mu, b), nats of each sub-pixel x in (0, 1): the sigmoid of a Laplace (App. A.3, eq. 2)."""
     error = (torch.logit(mapped) - mu).abs()
     return math.log(2) + ln_b + torch.log(mapped) + torch.log1p(-mapped) + error * torch.exp(-ln_b)
+
+
+def _mean(values: Tensor, pixel_weights: Tensor | None) -> Tensor:
+    """The mean of values (B, 3, H, W), with a weight for each pixel (B, 1, H, W) where there are any."""
+    if pixel_weights is None:
+        return values.mean()
+    return (values * pixel_weights).mean() / pixel_weights.mean()
 
 
 # --- the two quantizers ---
@@ -528,6 +536,7 @@ class DiscreteVAE(nn.Module):
         kl_weight: float,
         generator: torch.Generator | None,
         distance: Callable[[Tensor, Tensor], Tensor] | None = None,
+        pixel_weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Negative ELBO of images (B, 3, H, W) in [0, 1], nats per sub-pixel, and its parts (App. A.2).
 
@@ -535,12 +544,12 @@ class DiscreteVAE(nn.Module):
         The metrics, all detached: `reconstruction` (per sub-pixel), `kl` (nats per cell; 0 for FSQ), `mse` of
         the training path in [0, 1], `perplexity` of the code use within this batch (1 to K).
         `temperature`, `kl_weight` and `generator` concern the gumbel quantizer only. `distance` of the
-        reconstructions from the images is added, and a metric too (differs: the paper has its likelihood alone).
-        A decoder that draws more pixels than the encoder reads is no part of this bound: see
-        `dalle.training.decoder`.
+        reconstructions from the images is added, and a metric too; `pixel_weights` (B, 1, H, W) say what each pixel
+        counts in the reconstruction's mean (differs: the paper has its likelihood alone, and all pixels count alike).
+        Where the decoder draws more pixels than the encoder reads, the images are of the size that it draws, and the
+        encoder is given them averaged down.
         """
-        assert self.config.output_size == self.config.image_size
-        latents = self._latents(images)  # (B, D, G, G)
+        latents = self._latents(box_filtered(images, self.config.image_size))  # (B, D, G, G)
         if self.encoder.fsq:
             codes = self.encoder.fsq.quantize(latents)
             out = self.decoder.blocks(codes)
@@ -552,7 +561,7 @@ class DiscreteVAE(nn.Module):
             kl = kl_to_uniform(latents).mean()
             code_use = torch.softmax(latents.detach().float(), dim=1).mean(dim=(0, 2, 3))
         with torch.autocast(images.device.type, enabled=False):
-            reconstruction = self._reconstruction(images.float(), out.float())
+            reconstruction = self._reconstruction(images.float(), out.float(), pixel_weights)
             n_cells, n_subpixels = latents.shape[-1] * latents.shape[-2], images[0].numel()
             total = reconstruction + kl_weight * kl * n_cells / n_subpixels
             mse = F.mse_loss(self.pixels(out.detach()), images.float())
@@ -580,14 +589,13 @@ class DiscreteVAE(nn.Module):
         latents: Tensor = self.encoder.blocks(map_pixels(images))
         return latents
 
-    def _reconstruction(self, images: Tensor, out: Tensor) -> Tensor:
+    def _reconstruction(self, images: Tensor, out: Tensor, pixel_weights: Tensor | None) -> Tensor:
         mu, ln_b = out.chunk(2, dim=1)  # (B, 3, H, W) each
         if self.config.likelihood == "logit_laplace":
-            return logit_laplace_nll(
-                map_pixels(images), mu, ln_b.clamp(self.config.min_ln_b, MAX_LN_B)
-            ).mean()
+            ln_b = ln_b.clamp(self.config.min_ln_b, MAX_LN_B)
+            return _mean(logit_laplace_nll(map_pixels(images), mu, ln_b), pixel_weights)
         error = relaxed_pixels(out) - images
-        return error.square().mean() + L1_WEIGHT * error.abs().mean()
+        return _mean(error.square(), pixel_weights) + L1_WEIGHT * _mean(error.abs(), pixel_weights)
 
     @staticmethod
     def pixels(out: Tensor) -> Tensor:

@@ -98,9 +98,7 @@ def manifest_entry(path: str | Path) -> ManifestEntry:
 
 
 def write_manifest(
-    folder: str | Path,
-    files: Iterable[str] | None = None,
-    known: Mapping[str, ManifestEntry] | None = None,
+    folder: str | Path, files: Iterable[str] | None = None, known: Mapping[str, ManifestEntry] | None = None
 ) -> None:
     """Write manifest.json: sha256 and size of `files` (paths below `folder`), and what is `known` already.
 

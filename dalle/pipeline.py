@@ -6,6 +6,7 @@ Shapes: R pictures (rows), G grid side.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -19,13 +20,14 @@ from torch import Tensor
 
 from dalle.config import validate
 from dalle.generation.engine import Engine
-from dalle.generation.precision import as_dtype, default_dtype, dtype_name, held_dtype, threads
+from dalle.generation.precision import as_dtype, dtype_name, held_dtype, threads
 from dalle.generation.recipe import MAX_THREADS, Origin, Recipe
 from dalle.generation.request import GenerationOptions, ImageRequest, ModelDefaults, RequestFields
 from dalle.generation.rerank import CHUNK, Ranker
 from dalle.generation.rerun import Progress, rerun
 from dalle.generation.sampler import Sampler
 from dalle.image_tokenizer import ImageTokenizer
+from dalle.manifest import VerifiedFolder
 from dalle.model_folder import (
     Model,
     check_fit,
@@ -73,10 +75,11 @@ class DallePipeline:
         ranker: Ranker | None = None,
     ) -> None:
         check_fit(tokenizer, dvae, transformer)
+        self.tokenizer, self.dvae = tokenizer, dvae
         self.sampler = Sampler(tokenizer, dvae, transformer, ModelDefaults.of(defaults))
         self.ranker = ranker  # orders what is drawn; a model folder with a clip/ has one of its own
         self.name = "unsaved"  # folder or Hub id, for people
-        self._source: Model | None = None  # as it was loaded
+        self._source: VerifiedFolder | None = None  # as it was when it was loaded
         self._model_sha256: str | None = None
         self._has_auto_dtype = False
 
@@ -113,8 +116,7 @@ class DallePipeline:
         pipe.name = "bundled" if source is None else str(source)
         if pipe.ranker is not None:
             pipe.ranker.name = pipe.name
-        assert model.source is not None
-        pipe._source, pipe._model_sha256 = model, model.source.sha256
+        pipe._source, pipe._model_sha256 = model.source, model.source.sha256 if model.source else None
         # Compiles now, and not at the first drawing.
         pipe.sampler.engine = Engine(model.transformer, is_native=native)
         return pipe.to(device, dtype)
@@ -124,9 +126,7 @@ class DallePipeline:
         device, transformer = torch.device(device), self.transformer
         if dtype is not None:
             self._has_auto_dtype = dtype == "auto"
-        if self._has_auto_dtype:
-            dtype = default_dtype(device)
-        target = self.dtype if dtype is None else as_dtype(dtype)
+        target = as_dtype("auto" if self._has_auto_dtype else dtype or self.dtype, device)
         held = held_dtype(target)
         if held.itemsize > held_dtype(self.dtype).itemsize and self._source is not None:
             transformer = self._load_transformer(held)
@@ -138,16 +138,6 @@ class DallePipeline:
         if self.ranker is not None:
             self.ranker.clip.to(device)
         return self
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """Return what turns captions into tokens."""
-        return self.sampler.tokenizer
-
-    @property
-    def dvae(self) -> ImageTokenizer:
-        """Return what turns pictures into tokens and back."""
-        return self.sampler.dvae
 
     @property
     def transformer(self) -> TokenModel:
@@ -188,10 +178,9 @@ class DallePipeline:
 
     def load_judge(self) -> Ranker | None:
         """Load the second CLIP of the model folder, which only evaluations ask; None where there is none."""
-        source = None if self._source is None else self._source.source
-        if source is None or not (source.path / "judge").is_dir():
+        if self._source is None or not (self._source.path / "judge").is_dir():
             return None
-        return Ranker.from_pretrained(source, "judge")
+        return Ranker.from_pretrained(self._source, "judge")
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a model folder, weights in the dtype they are held in.
@@ -210,18 +199,17 @@ class DallePipeline:
 
     @property
     def _model(self) -> Model:
-        source = None if self._source is None else self._source.source
-        return Model(self.tokenizer, self.dvae, self.transformer, self.defaults, self.ranker, source)
+        parts = (self.tokenizer, self.dvae, self.transformer, self.defaults, self.ranker)
+        return Model(*parts, source=self._source)
 
     def _load_transformer(self, dtype: torch.dtype) -> Transformer:
         """Read the transformer again, in another dtype than it is held in, so that no digits are missing."""
-        if self._source is None or self._source.source is None:
+        if self._source is None:
             raise ValueError(
                 f"recipe is of {dtype_name(dtype)}; this model is held in {dtype_name(held_dtype(self.dtype))} only:"
                 " load it from its folder"
             )
-        folder = self._source.source.path
-        return Transformer.from_pretrained(folder / "transformer").to(self.device, dtype)
+        return Transformer.from_pretrained(self._source.path / "transformer").to(self.device, dtype)
 
     # Draw
 
@@ -257,41 +245,27 @@ class DallePipeline:
         if output_type not in ("pil", "tokens"):
             raise ValueError(f'output_type is {output_type!r}; allowed are "pil" and "tokens"')
         request = prompt if isinstance(prompt, ImageRequest) else ImageRequest(prompt, **fields)
+        if n_threads is not None and not 1 <= n_threads <= MAX_THREADS:
+            raise ValueError(f"n_threads is {n_threads}; choose 1..{MAX_THREADS}")
         sampler, requests = self.sampler, self.sampler.prepare(request, ranker)
         vectors = None if ranker is None else ranker.encode_captions(request.prompt, request.truncate)
-        requests = sampler.encode(requests)
-        batches = sampler.plan(requests, rows_per_batch)
+        batches = sampler.plan(sampler.encode(requests), rows_per_batch)
         places = [(batch, row) for batch in batches for row in range(len(batch.seeds))]
-        if n_threads is None:
-            n_threads = sampler.n_threads(min(len(places), batches[0].rows_per_batch))
-        elif not 1 <= n_threads <= MAX_THREADS:
-            raise ValueError(f"n_threads is {n_threads}; choose 1..{MAX_THREADS}")
-        grid, n_candidates = self.dvae.grid_size, len(requests[0].seeds)
-        n_done, n_total = 0, len(batches) * grid
+        n_threads = n_threads or sampler.n_threads(min(len(places), batches[0].rows_per_batch))
+        n_candidates, n_total = len(requests[0].seeds), len(batches) * self.dvae.grid_size
         n_total += 0 if ranker is None else len(requests) * math.ceil(n_candidates / CHUNK)
-        start, is_stopped = 0, False
-        tokens = torch.full((len(places), grid, grid), -1)  # (R, G, G)
+        counter = itertools.count(1)
 
         def advance(_: int = 1) -> None:
-            nonlocal n_done
-            n_done += 1
+            n_done = next(counter)
             if progress is not None:
                 progress(n_done, n_total)
 
-        def on_row_end(row: int, part: Tensor) -> bool:
-            nonlocal is_stopped
+        def on_row_end(row: int, tokens: Tensor) -> bool:
             advance()
-            if callback_on_row_end is not None:
-                so_far = torch.cat([tokens[:start], part.cpu(), tokens[start + len(part) :]])
-                is_stopped = bool(callback_on_row_end(self, row, so_far))
-            return is_stopped
+            return callback_on_row_end is not None and bool(callback_on_row_end(self, row, tokens))
 
-        for batch in batches:
-            drawn = sampler.sample(batch, on_row_end, n_threads)
-            tokens[start : start + len(drawn)] = drawn
-            start += len(drawn)
-            if is_stopped:
-                break
+        tokens, is_stopped = sampler.sample_all(batches, on_row_end, n_threads)
         finished = [row for row in range(len(places)) if int(tokens[row].min()) >= 0]
         kept: dict[int, tuple[float | None, int | None]] = dict.fromkeys(finished, (None, None))
         if ranker is not None and vectors is not None:
@@ -308,9 +282,7 @@ class DallePipeline:
         recipes = [Recipe.of(*places[row], tokens[row], origin, scored) for row, scored in kept.items()]
         return PipelineOutput(
             images=tuple(pictures),
-            scores=None
-            if ranker is None
-            else tuple(score for score, _ in kept.values() if score is not None),
+            scores=None if ranker is None else tuple(float(score or 0) for score, _ in kept.values()),
             seeds=tuple(recipe.seed for recipe in recipes),
             tokens=tokens[[*kept]],
             captions=tuple(recipe.caption for recipe in recipes),
@@ -334,16 +306,9 @@ class DallePipeline:
     def rerun(
         self, recipe: Mapping[str, object], *, progress: Progress | None = None
     ) -> tuple[Image.Image, bool]:
-        """Draws a picture again from its recipe and says whether the tokens agree with the recorded hash.
+        """Draw a picture again from a recipe, and say whether its tokens agree with the recorded hash.
 
-        The whole recorded batch is sampled, with the recorded number of threads.
-
-        Args:
-            recipe: of a picture's PNG, or one of `PipelineOutput.recipes`.
-            progress: called with (grid rows done, of how many).
-
-        Raises:
-            ValueError: not a recipe, or one of another model.
+        `recipe` is that of a PNG, or one of `PipelineOutput.recipes`. Raises ValueError for another model's.
         """
         wanted = validate(Recipe, dict(recipe), "recipe")
         if wanted.model_sha256 != self.model_sha256:

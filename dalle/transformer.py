@@ -28,12 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dalle import weights
-from dalle.attention import (
-    AttentionPlan,
-    LayerKind,
-    attend,
-    layer_kinds,
-)
+from dalle.attention import AttentionPlan, LayerKind, attend, layer_kinds
 from dalle.config import Config
 from dalle.token_model import Losses
 

@@ -17,7 +17,8 @@ from dalle.generation.engine import RowCallback
 from dalle.generation.rerank import Ranker
 from dalle.pipeline import DallePipeline
 from dalle.serving.app import create_app
-from dalle.serving.job import Event, Failed, ServingError, Settled
+from dalle.serving.errors import ServingError
+from dalle.serving.job import Event, Failed, Settled
 from dalle.serving.server import Server
 from dalle.serving.settings import Settings
 from dalle.serving.state import State
@@ -159,8 +160,8 @@ def live_server(folder: Path, pipe: GatedPipeline | None = None, **settings: Any
     try:
         assert is_up.wait(30)
         state = server.state
-        with state.jobs.changed:
-            assert state.jobs.changed.wait_for(lambda: state.jobs.is_ready, 30)
+        with state.queue.changed:
+            assert state.queue.changed.wait_for(lambda: state.worker.is_ready, 30)
         pipe.batches.clear()
         yield Live(state, pipe, server.url, server)
     finally:

@@ -264,18 +264,18 @@ def test_truncate_cuts_a_long_caption_and_says_so(run: Run, model: Path, tmp_pat
         (["a", "--top-k", "-3"], "top_k = -3"),
         (["a", "--top-k", "1" + "0" * 400], "top_k = 1000"),
         (["a", "--guidance", "-1"], "guidance = -1"),
-        (["a", "-n", "0"], "num_images_per_prompt is 0; it must be a whole number from 1"),
-        (["a", "-n", "1", "--candidates", "0"], "num_candidates is 0"),
+        (["a", "-n", "0"], "num_images_per_prompt = 0: must be greater than or equal to 1"),
+        (["a", "-n", "1", "--candidates", "0"], "num_candidates = 0: must be"),
         (
             ["a", "-n", "2", "--candidates", "8"],
             "num_candidates is 8 for 2 pictures; choosing among candidates needs",
         ),
         (
             ["a", "-n", "1", "--seed", str(2**63)],
-            f"seed is {2**63}; for 1 pictures it must be a whole number in 0..",
+            f"seed = {2**63}: must be less than or equal to {2**63 - 1}",
         ),
         (["a", "-n", "2", "--seed", str(2**63 - 1)], f"seed is {2**63 - 1}; for 2 pictures"),
-        (["a", "--seed", "-2"], "seed is -2"),
+        (["a", "--seed", "-2"], "seed = -2: must be"),
         (
             ["a", "--keep-rows", "2"],
             "image is missing; a completion needs image and either keep_rows (1..4) or mask",
@@ -458,11 +458,11 @@ def test_train_prints_the_model_folder_and_says_what_it_trains_on(
         (["--set", "dvae.image_size=30"], "image_size is 30; it must be a multiple of 8"),
         (
             ["--stages", "dvae,vqgan"],
-            "stage 'vqgan' is unknown: choose from tokenizer, dvae, transformer, clip",
+            "stage 'vqgan' is unknown: choose from tokenizer, dvae, decoder, transformer, clip",
         ),
         (["--init-from", "nowhere"], "--init-from nowhere: no such folder"),
         (["--device", "gpu"], "device 'gpu' is unknown"),
-        (["--dtype", "int8"], "dtype 'int8' is unknown: use auto, float32, bfloat16"),
+        (["--dtype", "int8"], "dtype int8 is for drawing only: use auto, float32 or bfloat16"),
     ],
 )
 def test_a_wrong_option_of_train_is_one_line(
@@ -691,6 +691,14 @@ def test_a_wrong_import_is_one_line(arguments: list[str], expected: str, run: Ru
     assert not (tmp_path / "m").exists()
 
 
+def test_finetune_from_what_is_no_model_is_one_line_and_leaves_nothing(
+    run: Run, data: Path, tmp_path: Path
+) -> None:
+    ended = run("finetune", data, "--out", tmp_path / "mine", "--from", "./nowhere")
+    assert_one_line(ended, "./nowhere is not a folder")
+    assert not (tmp_path / "mine").exists()
+
+
 # The command as a whole
 
 
@@ -699,6 +707,7 @@ def test_every_command_has_help(run: Run) -> None:
         [],
         ["generate"],
         ["train"],
+        ["finetune"],
         ["encode"],
         ["evaluate"],
         ["rerun"],

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dalle.serving.templates import load_templates
 from PIL import Image, ImageDraw, ImageFont
 
 from dalle.cli import main
@@ -31,7 +32,6 @@ from dalle.data.scenes.shapes import SHAPES
 from dalle.data.scenes.splits import TEST_SHARE, VALIDATION_SHARE, split_of, split_of_combination
 from dalle.data.scenes.swaps import SWAPPED_KINDS, make_swaps
 from dalle.images import open_image
-from dalle.serving.templates import load_templates
 
 STYLES = ("noto", "twemoji", "fluent-emoji")
 # noun: code point, colour of its body

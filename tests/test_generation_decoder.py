@@ -221,7 +221,7 @@ def test_changed_weights_are_drawn_with_at_once() -> None:
     before = engine.generate(text, [0, 1])
     assert engine.decoder() is engine.decoder()
     with torch.no_grad():
-        engine.transformer.image_head.weight.neg_()
+        engine.model.image_head.weight.neg_()
     after = engine.generate(text, [0, 1])
     assert not torch.equal(before, after)
-    assert torch.equal(after, Engine(engine.transformer).generate(text, [0, 1]))
+    assert torch.equal(after, Engine(engine.model).generate(text, [0, 1]))

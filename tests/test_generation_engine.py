@@ -177,9 +177,7 @@ def test_pictures_with_settings_of_their_own_are_drawn_as_alone() -> None:
     for row in range(6):
         alone = engine.generate(text[row // 2 : row // 2 + 1], [row], options[row], known=known[row])
         assert torch.equal(alone[0], together[row])
-        assert torch.equal(
-            alone[0], slow_twin(engine.transformer, text[row // 2], row, options[row], known[row])
-        )
+        assert torch.equal(alone[0], slow_twin(engine.model, text[row // 2], row, options[row], known[row]))
 
 
 @pytest.mark.parametrize("kind", KINDS)

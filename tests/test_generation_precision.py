@@ -19,9 +19,9 @@ def test_the_default_dtype_is_bfloat16_only_where_the_cpu_has_it(
 
 def test_dtypes_are_read_by_name_or_as_they_are() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.int8):
-        assert as_dtype(dtype) == as_dtype(dtype_name(dtype)) == dtype
+        assert as_dtype(dtype, "cpu") == as_dtype(dtype_name(dtype), "cpu") == dtype
     with pytest.raises(ValueError, match="dtype is int4; allowed are auto, float32, bfloat16, int8"):
-        as_dtype("int4")
+        as_dtype("int4", "cpu")
 
 
 def test_the_number_of_threads_is_put_back_even_after_an_error() -> None:

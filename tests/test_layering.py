@@ -1,7 +1,8 @@
-"""Every import in `dalle/`, those inside functions too, goes down the layers or stays in its own folder."""
+"""Every import in `dalle/`, those inside functions too, goes down the layers or, without circles, stays in its folder."""
 
 import ast
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -92,8 +93,38 @@ def violations(root: Path) -> list[str]:
     return found
 
 
+def circles(root: Path) -> list[str]:
+    """The first circle of files that import each other in each folder of `dalle/`, as one line."""
+    graphs: dict[str, dict[str, set[str]]] = {}
+    for path in sorted((root / "dalle").rglob("*.py")):
+        file = path.relative_to(root).as_posix()
+        graph = graphs.setdefault(unit(file), {})
+        graph[file] = {target for target in imported_files(root, file) if unit(target) == unit(file)} - {file}
+    found = []
+    for graph in graphs.values():
+        try:
+            TopologicalSorter(graph).prepare()
+        except CycleError as error:
+            found.append(" -> ".join(reversed(error.args[1])))
+    return found
+
+
 def test_imports_go_down_the_layers() -> None:
     assert violations(ROOT) == []
+
+
+def test_no_files_of_a_folder_import_each_other_in_a_circle() -> None:
+    assert circles(ROOT) == []
+
+
+def test_a_circle_inside_a_folder_is_caught(tmp_path: Path) -> None:
+    files = {
+        "dalle/serving/queue.py": "from dalle.serving import worker\n",
+        "dalle/serving/worker.py": "def f():\n    from .queue import JobQueue\n",
+        "dalle/serving/app.py": "from . import queue, worker\n",
+    }
+    [circle] = circles(write(tmp_path, files))
+    assert set(circle.split(" -> ")) == {"dalle/serving/queue.py", "dalle/serving/worker.py"}
 
 
 def write(root: Path, files: dict[str, str]) -> Path:

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect
 
+from dalle.evaluation.microscope import visible_cells
 from dalle.images import read_recipe
-from dalle.serving.microscope import visible_cells
 from tests.browser import Visit, chromium, page_pipe, visit
 from tests.live import Live, live_server
 from tests.tiny import GRID
@@ -223,9 +223,9 @@ def test_a_drawing_waits_its_turn_and_can_be_cancelled(person: Visit, live: Live
         button(other.page, "Cancel").click()
         expect(other.page.get_by_text("Cancelled.")).to_be_visible()
         live.pipe.gate.set()
-        assert live.state.jobs.wait_idle(20)
+        assert live.state.queue.wait_idle(20)
     expect(button(page, "Draw")).to_be_visible()
-    assert live.state.jobs.n_slots == 0
+    assert live.state.queue.n_slots == 0
     assert any(it.method == "DELETE" and "/api/jobs/" in it.url for it in person.requests)
 
 

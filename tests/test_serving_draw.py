@@ -25,8 +25,8 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 def nothing_left(live: Live) -> Iterator[None]:
     yield
     live.pipe.gate.set()
-    assert live.state.jobs.wait_idle(30)
-    assert live.state.jobs.n_slots == 0
+    assert live.state.queue.wait_idle(30)
+    assert live.state.queue.n_slots == 0
 
 
 def encoded(side: int = 32, clear: tuple[int, int, int, int] | None = None) -> str:
@@ -136,7 +136,7 @@ def test_a_job_can_be_ended_by_its_id(live: Live) -> None:
     assert job == answer.headers["x-dalle-job"]
     assert live.pipe.at_gate.wait(30)
     assert live.request("DELETE", f"/api/jobs/{job}")[0] == 200
-    assert live.state.jobs.n_slots == 0, "while the worker still stands at its gate"
+    assert live.state.queue.n_slots == 0, "while the worker still stands at its gate"
     name, data = parse_events(answer.read())[-1]
     assert (name, data["error"]["code"]) == ("error", "cancelled")
     assert live.request("DELETE", f"/api/jobs/{job}")[0] == 404
@@ -167,7 +167,7 @@ def test_an_error_ends_the_stream_as_an_event(live: Live) -> None:
 
 
 def test_a_full_queue_turns_the_page_away(live: Live) -> None:
-    held = [live.state.jobs.reserve(1) for _ in range(live.state.settings.max_queue)]
+    held = [live.state.queue.reserve(1) for _ in range(live.state.settings.max_queue)]
     status, headers, text = live.request("POST", "/api/draw", {"prompt": "a dog"})
     for one in held:
         one.release()

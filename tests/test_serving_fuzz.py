@@ -28,8 +28,8 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     limits = {"max_candidates": 8, "max_images": 4, "max_body_bytes": 200_000, "max_pixels": 100_000}
     with live_server(folder, **limits) as server:
         yield server
-        assert server.state.jobs.wait_idle(60)
-        assert (server.state.jobs.n_jobs, server.state.jobs.n_slots) == (0, 0)
+        assert server.state.queue.wait_idle(60)
+        assert (server.state.queue.n_jobs, server.state.queue.n_slots) == (0, 0)
         assert server.events({"prompt": "a dog"})[-1][0] == "settled", "the worker lives"
 
 

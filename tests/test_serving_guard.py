@@ -218,7 +218,7 @@ def test_a_body_that_ends_early_or_never_harms_nobody(live: Live) -> None:
         b"Content-Length: 100\r\n\r\n--b\r\n",
     )
     assert status(live) == 200
-    assert live.state.jobs.n_slots == 0
+    assert live.state.queue.n_slots == 0
 
 
 def test_a_client_that_sends_nothing_is_given_up_after_a_while(tmp_path: Any) -> None:
@@ -264,7 +264,7 @@ def test_too_many_requests_at_once_are_told_to_come_again_but_health_is_answered
             code, headers, _ = busy.request("GET", "/api/info")
             assert code == 503 and headers["retry-after"] == "1"
             assert status(busy, "/health") == 200
-        rejected = busy.state.jobs.metrics.rejected.labels("connections")
+        rejected = busy.state.queue.metrics.rejected.labels("connections")
         assert rejected._value.get() == 1
 
 
@@ -275,7 +275,7 @@ def test_a_mistake_of_ours_is_a_500_with_an_id_and_nothing_of_its_inside(
         raise RuntimeError("a secret of the inside")
 
     with monkeypatch.context() as patch:
-        patch.setattr(live.state.jobs, "reserve", wrong)
+        patch.setattr(live.state.queue, "reserve", wrong)
         code, headers, body = live.request("POST", "/api/draw", {"prompt": "a dog"})
     assert code == 500 and headers["x-request-id"] and headers["x-content-type-options"] == "nosniff"
     assert json.loads(body)["error"]["code"] == "internal_error" and b"secret" not in body
@@ -328,7 +328,7 @@ def test_ready_and_metrics_tell_what_happens(live: Live) -> None:
     assert found["dalle_queue_jobs"] == found["dalle_running_jobs"] == found["dalle_reserved_slots"] == "0.0"
     assert float(found['dalle_jobs_total{outcome="settled"}']) >= 1
     assert float(found["dalle_job_seconds_count"]) >= 1 and float(found["dalle_first_row_seconds_count"]) >= 1
-    live.state.jobs.drain()
+    live.state.queue.drain()
     code, headers, _ = live.request("GET", "/ready")
     assert code == 503 and headers["retry-after"]
-    live.state.jobs._is_draining = False
+    live.state.queue.drain(False)

@@ -66,11 +66,11 @@ def test_everybody_gets_pictures_or_a_503_and_nothing_accepted_is_lost(tmp_path:
             assert set(counts) <= {200, 503} and sum(counts.values()) == CLIENTS
             assert counts[200] >= QUEUE, "a whole queue is served"
             total += counts
-            assert live.state.jobs.wait_idle(60) and live.state.jobs.n_slots == 0
+            assert live.state.queue.wait_idle(60) and live.state.queue.n_slots == 0
             sizes.append(process.memory_info().rss)
         stop.set()
         watcher.join(60)
-        metrics = live.state.jobs.metrics
+        metrics = live.state.queue.metrics
         assert metrics.jobs.labels("settled")._value.get() == total[200]
         assert metrics.rejected.labels("queue")._value.get() == total[503] > 0
         listed, before = 0, ""
@@ -100,6 +100,6 @@ def test_clients_that_leave_in_the_middle_leave_nothing_behind(tmp_path: Path) -
                 connections.append(connection)
             for connection in connections:
                 connection.close()
-            assert live.state.jobs.wait_idle(60), (live.state.jobs.n_jobs, live.state.jobs.n_slots)
-        assert live.state.jobs.n_slots == 0
+            assert live.state.queue.wait_idle(60), (live.state.queue.n_jobs, live.state.queue.n_slots)
+        assert live.state.queue.n_slots == 0
         assert live.events({"prompt": "a dog"})[-1][0] == "settled"

@@ -13,12 +13,13 @@ from PIL import Image
 from torch import Tensor
 
 from dalle.attention import LAYER_KINDS, dense_mask
+from dalle.evaluation.microscope import draw_token, read_picture, visible_cells
 from dalle.generation.request import GenerationOptions
 from dalle.images import to_images
 from dalle.pipeline import DallePipeline
 from dalle.serving.app import create_app
 from dalle.serving.history import History, NewPicture
-from dalle.serving.microscope import Microscope, draw_token, read_picture, visible_cells
+from dalle.serving.routes.microscope import Microscope
 from dalle.serving.settings import Settings
 from dalle.transformer import Transformer
 from tests.tiny import GRID, N_CODES, N_TEXT, tiny_pipe, tiny_transformer

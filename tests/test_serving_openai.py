@@ -31,8 +31,8 @@ def client(live: Live) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{live.url}/v1", api_key="unused", max_retries=0) as made:
         yield made
     live.pipe.gate.set()
-    assert live.state.jobs.wait_idle(30), "slots were not given back"
-    assert live.state.jobs.n_slots == 0
+    assert live.state.queue.wait_idle(30), "slots were not given back"
+    assert live.state.queue.n_slots == 0
 
 
 def picture(side: int = 32, clear: tuple[int, int, int, int] | None = None) -> bytes:
@@ -302,7 +302,7 @@ def test_a_deadline_is_a_503_that_says_when_to_come_again(tmp_path: Any) -> None
 def test_a_full_queue_is_a_503_that_the_client_retries_when_it_is_told_to(
     client: openai.OpenAI, live: Live
 ) -> None:
-    held = [live.state.jobs.reserve(1) for _ in range(4)]
+    held = [live.state.queue.reserve(1) for _ in range(4)]
     with pytest.raises(openai.InternalServerError) as caught:
         client.images.generate(prompt="a dog")
     assert caught.value.status_code == 503 and caught.value.code == "server_overloaded"
@@ -310,7 +310,7 @@ def test_a_full_queue_is_a_503_that_the_client_retries_when_it_is_told_to(
     assert 1 <= wait <= 60
 
     is_refused = threading.Event()
-    rejected = live.state.jobs.metrics.rejected.labels("queue")
+    rejected = live.state.queue.metrics.rejected.labels("queue")
     before = rejected._value.get()
 
     def free() -> None:
@@ -336,10 +336,10 @@ def test_a_client_that_closes_its_stream_frees_its_slots(client: openai.OpenAI, 
         prompt="a dog", stream=True, partial_images=1, extra_body={"num_candidates": 4}
     )
     assert live.pipe.at_gate.wait(30)
-    assert live.state.jobs.n_slots == 4
+    assert live.state.queue.n_slots == 4
     stream.close()
-    assert live.state.jobs.wait_idle(30)  # the worker still stands at its gate
-    cancelled = live.state.jobs.metrics.jobs.labels("cancelled")._value.get()
+    assert live.state.queue.wait_idle(30)  # the worker still stands at its gate
+    cancelled = live.state.queue.metrics.jobs.labels("cancelled")._value.get()
     live.pipe.gate.set()
     assert client.images.generate(prompt="a dog").data
     assert cancelled >= 1
@@ -349,7 +349,7 @@ def test_a_client_that_gives_up_waiting_frees_its_slots(client: openai.OpenAI, l
     live.pipe.gate.clear()
     with pytest.raises(openai.APITimeoutError):
         client.with_options(timeout=0.2).images.generate(prompt="a dog", n=3)
-    assert live.state.jobs.wait_idle(30)
+    assert live.state.queue.wait_idle(30)
 
 
 def test_a_job_that_fails_is_a_500_and_an_error_in_the_stream(client: openai.OpenAI, live: Live) -> None:
@@ -408,8 +408,8 @@ def test_a_picture_of_a_mixed_batch_can_be_drawn_again_from_its_recipe(
     assert live.pipe.at_gate.wait(30)
     for thread in threads[1:]:
         thread.start()
-    with live.state.jobs.changed:
-        assert live.state.jobs.changed.wait_for(lambda: len(live.state.jobs._queue) == 3, 30)
+    with live.state.queue.changed:
+        assert live.state.queue.changed.wait_for(lambda: live.state.queue.n_waiting == 3, 30)
     live.pipe.gate.set()
     for thread in threads:
         thread.join(60)

@@ -8,7 +8,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from dalle.serving.app import create_app
-from dalle.serving.page import ENTRY, page_files
+from dalle.serving.routes.page import ENTRY, page_files
 from dalle.serving.settings import Settings
 from tests.tiny import tiny_pipe
 

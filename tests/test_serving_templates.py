@@ -10,8 +10,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from dalle.serving.app import create_app
+from dalle.serving.routes.templates import Template, load_templates
 from dalle.serving.settings import Settings
-from dalle.serving.templates import Template, load_templates
 from dalle.tokenizer import Tokenizer
 from tests.tiny import tiny_pipe
 

@@ -48,6 +48,6 @@ def test_the_doubt_has_its_share_of_the_gradient_and_the_value_is_the_losss(shar
     [of_loss] = torch.autograd.grad((again - true).square().mean(), source)
     again = source * 2
     [of_doubt] = torch.autograd.grad(critic.doubt(again), source)
-    assert float(total) == pytest.approx(float(loss))
+    assert float(total.detach()) == pytest.approx(float(loss.detach()))
     assert torch.allclose(found, of_loss + weight * of_doubt, atol=1e-7)
     assert float((weight * of_doubt).norm() / of_loss.norm()) == pytest.approx(share, rel=1e-4)

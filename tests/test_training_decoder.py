@@ -15,6 +15,7 @@ from dalle.data.pairs import read_pairs
 from dalle.data.reading import BadSampleLog
 from dalle.data.shapes import write_shapes
 from dalle.dvae import DiscreteVAE, DVAEConfig
+from dalle.files import file_sha256
 from dalle.pipeline import DallePipeline
 from dalle.training.decoder import DecoderStage
 from dalle.training.recipe import Recipe
@@ -198,6 +199,26 @@ def test_the_encoder_is_stored_as_it_was_given_when_weights_are_rounded(
         assert tensor.dtype == (torch.float32 if name.startswith("encoder.") else torch.bfloat16)
         if name.startswith("encoder."):
             assert torch.equal(tensor, given[name])
+
+
+def test_wrong_tokens_may_be_the_given_transformers_and_a_given_decoder_is_trained_on(
+    data: Path, trained: Path, tmp_path: Path
+) -> None:
+    settings = ("decoder_training.replaced_by=transformer", "decoder_training.token_noise=0.2")
+    out = run(data, tmp_path / "out", *settings, init_from=trained, stages=("decoder",))
+    record = json.loads((out / "run" / "stages.json").read_text())["decoder"]
+    assert record["inputs"]["transformer"] == file_sha256(trained / "transformer" / "model.safetensors")
+    old, new, other = (
+        weights.load_tensors(folder / "dvae" / "model.safetensors")["decoder.blocks.output.w"]
+        for folder in (
+            trained,
+            out,
+            run(data, tmp_path / "x", *settings[1:], "seed=5", stages=("dvae", "decoder")),
+        )
+    )
+    assert 0 < float((new - old).abs().mean()) < 0.2 * float((other - old).abs().mean())
+    with pytest.raises(ValueError, match="replaced_by is transformer, and none is given"):
+        run(data, tmp_path / "none", *settings, stages=("dvae", "decoder"))
 
 
 def test_a_decoder_that_does_not_fit_is_refused_in_one_line(data: Path, tmp_path: Path) -> None:

@@ -62,6 +62,9 @@ class LineStage:
         self.validated_with.append(self.model.weight.detach().clone())
         return {"error": 1.0}
 
+    def score(self, figures: dict[str, float]) -> float:
+        return -figures["error"]
+
     def sheet(self) -> Image.Image:
         return Image.new("RGB", (4, 4))
 

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from dalle.attention import LAYER_KINDS, dense_mask
 from dalle.cli import app
 from dalle.config import validate
+from dalle.dvae import DiscreteVAE
 from dalle.training import cpu
 from dalle.training import plan as plan_file
 from dalle.training.cost import (
@@ -336,3 +337,17 @@ def test_what_does_not_fit_is_shown_as_such() -> None:
         line for line in lines(make_plan(recipe_of("paper"), 1, "h100")) if line.lstrip().startswith("h100")
     ]
     assert "none" in row.split() and row.split()[-1] == "-"
+
+
+def test_a_decoder_of_its_own_is_a_stage_and_the_dvae_before_it_has_the_mirror() -> None:
+    alone = make_plan(recipe_of("tiny"), 1, "h100").stages
+    more = ["dvae.output_size=64", "dvae.decoder_widths=[64, 32, 16]", "decoder_training.steps=9"]
+    rest = ["batch_size=4", "crop=center", "learning_rate=1", "final_learning_rate=0", "weight_decay=0"]
+    rest += ["warmup_steps=0", "average_decay=0", "validate_every=1", "checkpoint_every=1", "sheet_every=1"]
+    recipe = recipe_of("tiny", *more, *(f"decoder_training.{setting}" for setting in rest))
+    stages = make_plan(recipe, 1, "h100").stages
+    assert list(stages) == ["dvae", "decoder", "transformer"] and stages["dvae"] == alone["dvae"]
+    n_decoder = sum(parameter.numel() for parameter in DiscreteVAE(recipe.dvae).decoder.parameters())
+    assert stages["decoder"].parameters == n_decoder
+    encode, decode = dvae_flops(recipe.dvae)
+    assert stages["decoder"].steps == 9 and stages["decoder"].flops_per_picture == encode + 3 * decode

@@ -358,6 +358,9 @@ class BatchStage:
     def validate(self) -> dict[str, float]:
         return {}
 
+    def score(self, figures: dict[str, float]) -> float:
+        return 0.0
+
     def sheet(self) -> Image.Image:
         return Image.new("RGB", (4, 4))
 

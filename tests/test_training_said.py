@@ -15,6 +15,7 @@ from dalle.config import load_preset, override, validate
 from dalle.data.pairs import read_pairs
 from dalle.data.shapes import write_shapes
 from dalle.evaluation.report import evaluate
+from dalle.evaluation.subject import Settings
 from dalle.generation.precision import default_dtype
 from dalle.pipeline import DallePipeline
 from dalle.training.recipe import Recipe
@@ -144,6 +145,6 @@ def test_without_native_bfloat16_nothing_computes_in_16_bits_from_training_to_dr
         out = train(str(data), tmp_path / "model", settings, device=cpu, dtype=dtype, quiet=True)
         pipe = DallePipeline.from_pretrained(out, dtype="auto")
         pipe("a red circle", num_candidates=2)
-        evaluate(pipe, read_pairs(str(data)), tmp_path / "report", limit=4)
+        evaluate(pipe, read_pairs(str(data)), tmp_path / "report", Settings(limit=2))
     assert torch.float32 in seen.dtypes
     assert not seen.dtypes & {torch.bfloat16, torch.float16}

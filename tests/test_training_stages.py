@@ -15,10 +15,10 @@ from dalle.data.pair import Pair
 from dalle.data.pairs import read_pairs
 from dalle.data.reading import BadSampleLog
 from dalle.data.shapes import write_shapes
-from dalle.dvae import DiscreteVAE
+from dalle.dvae import L1_WEIGHT, DiscreteVAE, relaxed_pixels
 from dalle.generation.request import GenerationOptions
 from dalle.tokenizer import Tokenizer
-from dalle.training.dvae import DVAEStage
+from dalle.training.dvae import DVAEStage, ink_weights
 from dalle.training.order import rng
 from dalle.training.recipe import Recipe, transformer_config
 from dalle.training.transformer import Sequences, TransformerStage, fitting_captions
@@ -110,6 +110,31 @@ def test_the_gumbel_noise_of_a_loss_depends_on_seed_and_number_only(folder: Path
         torch.manual_seed(99)  # the global generator plays no part
         assert torch.equal(other.loss(batch, 0, 7)[0], expected)
         assert not torch.equal(one.loss(batch, 0, 8)[0], expected)
+
+
+def test_ink_weighs_more_by_the_patch_and_features_are_added(folder: Path) -> None:
+    plain = dvae_stage(folder)
+    batch, model = plain.batch(0), plain.model
+    pictures = torch.ones(2, 3, 32, 32)
+    pictures[0, 1, 3, 9] = 0.5
+    found = ink_weights(pictures, 4.0)
+    expected = torch.ones(2, 1, 32, 32)
+    expected[0, :, :8, 8:16] = 4.0
+    assert torch.equal(found, expected)
+    with torch.no_grad():
+        before = plain.loss(batch, 0, 0)[0]
+        weights = ink_weights(batch, 4.0)
+        error = (
+            relaxed_pixels(model.decoder.blocks(model.encoder.fsq.quantize(model._latents(batch)))) - batch
+        )
+        by_hand = ((error.square() + L1_WEIGHT * error.abs()) * weights).sum() / (3 * weights.sum())
+        assert torch.allclose(
+            dvae_stage(folder, "dvae_training.ink_weight=4.0").loss(batch, 0, 0)[0], by_hand
+        )
+        total, metrics = dvae_stage(folder, "dvae_training.feature_weight=0.1").loss(batch, 0, 0)
+    assert (
+        float(total) == pytest.approx(float(before + metrics["distance"])) and float(metrics["distance"]) > 0
+    )
 
 
 def test_the_loss_follows_the_schedules_of_its_update(folder: Path) -> None:

@@ -1,13 +1,22 @@
 """What commands share: their common options, where their log goes, how they print."""
 
+from __future__ import annotations
+
 import json
 import logging
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:  # loading torch takes a second, which `--help` need not
+    import torch
+
+    from dalle.training.processes import World
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Model = Annotated[
@@ -31,7 +40,8 @@ def log_to_stderr(quiet: bool = False) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-def device_named(name: str | None) -> Any:
+def device_named(name: str | None) -> torch.device:
+    """Return the device of a name; None is the first GPU, or else the CPU. ValueError for one that is not there."""
     import torch
 
     if name is None:
@@ -48,8 +58,8 @@ def device_named(name: str | None) -> Any:
     return device
 
 
-def launched(device: str | None) -> tuple[Any, Any]:
-    """This process's place among those of a launcher such as torchrun, and its device; only the main one speaks."""
+def launched(device: str | None) -> tuple[World, torch.device]:
+    """Return this process's place among those of a launcher such as torchrun, and its device; only the main one speaks."""
     from dalle.training.processes import ALONE, device_of, world_of_launcher
 
     world = world_of_launcher() or ALONE
@@ -58,15 +68,16 @@ def launched(device: str | None) -> tuple[Any, Any]:
     return world, device_of(world, device_named(device))
 
 
-def dtype_named(name: str, device: Any) -> Any:
+def training_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype to train in; ValueError for an unknown one, and for int8."""
     import torch
 
-    from dalle.generation.precision import default_dtype
+    from dalle.generation.precision import as_dtype
 
-    dtypes = {"auto": default_dtype(device), "float32": torch.float32, "bfloat16": torch.bfloat16}
-    if name not in dtypes:
-        raise ValueError(f"dtype {name!r} is unknown: use {', '.join(dtypes)}")
-    return dtypes[name]
+    dtype = as_dtype(name, device)
+    if dtype == torch.int8:
+        raise ValueError("dtype int8 is for drawing only: use auto, float32 or bfloat16")
+    return dtype
 
 
 def print_json(value: object) -> None:
@@ -90,7 +101,7 @@ class RowsBar:
     def __init__(self, name: str, silent: bool) -> None:
         self.name, self.silent = name, silent
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> Callable[[int, int], None]:
         from rich.console import Console
         from rich.progress import Progress
 
@@ -99,5 +110,7 @@ class RowsBar:
         task = self._bar.add_task(self.name, total=None)
         return lambda done, total: self._bar.update(task, completed=done, total=total)
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.stop()

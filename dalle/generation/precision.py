@@ -34,8 +34,10 @@ def default_dtype(device: str | torch.device) -> torch.dtype:
     return torch.bfloat16 if has_native_bfloat16(device) else torch.float32
 
 
-def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """The dtype of a name such as "bfloat16"; ValueError for one that is not offered."""
+def as_dtype(dtype: str | torch.dtype, device: str | torch.device) -> torch.dtype:
+    """Return the dtype of a name such as "bfloat16"; "auto" is the device's default. ValueError for another."""
+    if dtype == "auto":
+        return default_dtype(device)
     found = DTYPES.get(str(dtype).removeprefix("torch."))
     if found is None:
         raise ValueError(f"dtype is {dtype}; allowed are auto, {', '.join(DTYPES)}")

@@ -50,7 +50,7 @@ def rerun(
 
 
 def _engine_of(recipe: Recipe, sampler: Sampler, load: Callable[[torch.dtype], TokenModel]) -> Engine:
-    warm, dtype = sampler.engine, as_dtype(recipe.dtype)
+    warm, dtype = sampler.engine, as_dtype(recipe.dtype, recipe.device)
     if (warm.dtype, warm.is_native) == (dtype, recipe.native):
         return warm
     held = held_dtype(dtype)

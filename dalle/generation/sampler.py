@@ -20,13 +20,7 @@ from dalle.generation.batch import Batch, plan_batches
 from dalle.generation.completion import complete, region_to_draw, square_on_white
 from dalle.generation.engine import Engine, RowCallback, rows_that_pay
 from dalle.generation.precision import decode_threads, threads
-from dalle.generation.request import (
-    CaptionRequest,
-    ImageRequest,
-    ModelDefaults,
-    Truncation,
-    blaming,
-)
+from dalle.generation.request import CaptionRequest, ImageRequest, ModelDefaults, Truncation, blaming
 from dalle.generation.rerank import Ranker
 from dalle.image_tokenizer import ImageTokenizer
 from dalle.images import to_images, to_tensor
@@ -134,6 +128,27 @@ class Sampler:
         """
         with threads(n_threads):
             return self.engine.draw(batch, on_row_end)
+
+    def sample_all(
+        self, batches: Sequence[Batch], on_row_end: RowCallback, n_threads: int
+    ) -> tuple[Tensor, bool]:
+        """Draw the batches of a call -> tokens (R, G, G), and whether `on_row_end`, which sees all of them, stopped it."""
+        grid, n_rows = self.dvae.grid_size, sum(len(batch.seeds) for batch in batches)
+        tokens, start, is_stopped = torch.full((n_rows, grid, grid), -1), 0, False
+
+        def finish_row(row: int, part: Tensor) -> bool:
+            nonlocal is_stopped
+            so_far = torch.cat([tokens[:start], part.cpu(), tokens[start + len(part) :]])
+            is_stopped = bool(on_row_end(row, so_far))
+            return is_stopped
+
+        for batch in batches:
+            drawn = self.sample(batch, finish_row, n_threads)
+            tokens[start : start + len(drawn)] = drawn
+            start += len(drawn)
+            if is_stopped:
+                break
+        return tokens, is_stopped
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Return pictures (R, 3, S, S) in [0, 1] of tokens (R, G, G), one by one: none depends on its neighbours."""

@@ -109,14 +109,29 @@ def sample(logits: Tensor, uniform: Tensor, options: GenerationOptions) -> Tenso
     logits = logits.float()
     if options.temperature < MIN_TEMPERATURE:
         return logits.argmax(dim=-1)
+    logits, tokens = _cut(logits, options)
+    place = inverse_cdf(logits.softmax(dim=-1), uniform)
+    return place if tokens is None else tokens.gather(-1, place[..., None])[..., 0]
+
+
+def distribution(logits: Tensor, options: GenerationOptions) -> Tensor:
+    """Return the probabilities (B, K) that `sample` draws from, of logits (B, K), guidance already applied."""
+    if options.temperature < MIN_TEMPERATURE:
+        return torch.nn.functional.one_hot(logits.argmax(dim=-1), logits.shape[-1]).to(logits.dtype)
+    kept, tokens = _cut(logits, options)
+    shares = kept.softmax(dim=-1)
+    return shares if tokens is None else torch.zeros_like(logits).scatter(-1, tokens, shares)
+
+
+def _cut(logits: Tensor, options: GenerationOptions) -> tuple[Tensor, Tensor | None]:
+    """Apply temperature, top-k and top-p to logits (B, K): (B, k) and the tokens they are of; None: all K in order."""
     logits = apply_temperature(logits, options.temperature)
     tokens = None
     if options.top_k is not None and options.top_k < logits.shape[-1]:
         logits, tokens = top_k_of(logits, options.top_k)
     if options.top_p is not None and options.top_p < 1:
         logits = keep_top_p(logits, options.top_p)
-    place = inverse_cdf(logits.softmax(dim=-1), uniform)
-    return place if tokens is None else tokens.gather(-1, place[..., None])[..., 0]
+    return logits, tokens
 
 
 class Chooser:

@@ -13,63 +13,56 @@ from starlette.responses import Response
 
 from dalle import __version__
 from dalle.pipeline import DallePipeline
-from dalle.serving import (
-    draw_api,
-    health_api,
-    history_api,
-    microscope_api,
-    openai_api,
-    page,
-    templates,
-    watch_api,
-)
+from dalle.serving.errors import ServingError, bad_request
 from dalle.serving.files import SignedFiles
 from dalle.serving.guard import Guard, error_answer
 from dalle.serving.history import History
-from dalle.serving.job import ServingError, bad_request
-from dalle.serving.jobs import Jobs
-from dalle.serving.schema import told_first
+from dalle.serving.queue import JobQueue
+from dalle.serving.routes import draw, health, microscope, openai, page, runs, templates
+from dalle.serving.routes import history as history_routes
+from dalle.serving.schema import first_error
 from dalle.serving.settings import Settings
 from dalle.serving.state import State
+from dalle.serving.worker import Worker
 
 
 def create_app(settings: Settings, pipe: DallePipeline) -> FastAPI:
-    """Wires one server; its worker starts with the application and ends with it. `app.state.serving` is its State."""
-    history = History(settings.data_dir)
-    jobs = Jobs(pipe, history, settings)
-    state, files = State(pipe, jobs, history, settings), SignedFiles(settings.url_s)
+    """Wire one server; its worker starts with the application and ends with it. `app.state.serving` is its State."""
+    history, queue = History(settings.data_dir), JobQueue(settings)
+    worker = Worker(pipe, history, queue)
+    state, files = State(pipe, queue, worker, history, settings), SignedFiles(settings.url_s)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        jobs.start()
+        worker.start()
         yield
-        jobs.close()
+        worker.close()
         history.close()
 
     # No generated pages of documentation: they load scripts from elsewhere. /openapi.json stays.
     app = FastAPI(title="dalle", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.serving = state
-    for module in (health_api, draw_api, history_api, microscope_api, watch_api, templates, page):
+    for module in (health, draw, history_routes, microscope, runs, templates, page):
         app.include_router(module.router(state))
-    app.include_router(openai_api.router(state, files))
+    app.include_router(openai.router(state, files))
     for kind in (ServingError, HTTPException, RequestValidationError, ClientDisconnect):
-        app.add_exception_handler(kind, _tell)
-    app.add_middleware(Guard, settings=settings, files=files, metrics=jobs.metrics)
+        app.add_exception_handler(kind, _answer)
+    app.add_middleware(Guard, settings=settings, files=files, metrics=queue.metrics)
     return app
 
 
-async def _tell(http: Request, error: Exception) -> Response:
-    """Every failure, in OpenAI's envelope."""
-    failure = _as_told(http, error)
+async def _answer(http: Request, error: Exception) -> Response:
+    """Answer every failure in OpenAI's envelope."""
+    failure = _as_error(http, error)
     headers, body = error_answer(failure)
     return Response(body, failure.status, headers)
 
 
-def _as_told(http: Request, error: Exception) -> ServingError:
+def _as_error(http: Request, error: Exception) -> ServingError:
     if isinstance(error, ServingError):
         return error
     if isinstance(error, RequestValidationError):
-        return told_first(error.errors())
+        return first_error(error.errors())
     if isinstance(error, ClientDisconnect):
         return bad_request("the request ended before its body")
     assert isinstance(error, HTTPException)

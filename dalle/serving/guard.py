@@ -19,8 +19,8 @@ from urllib.parse import parse_qs, urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from dalle.serving.errors import ServingError
 from dalle.serving.files import SignedFiles
-from dalle.serving.job import ServingError
 from dalle.serving.metrics import Metrics
 from dalle.serving.settings import Settings, is_loopback
 

@@ -14,7 +14,8 @@ from starlette.requests import Request as HttpRequest
 
 from dalle.generation.request import CaptionRequest, ImageRequest, InvalidRequest
 from dalle.images import open_image, open_mask
-from dalle.serving.job import Job, Listener, ServingError, bad_request
+from dalle.serving.errors import ServingError, bad_request
+from dalle.serving.job import Job, Listener
 from dalle.serving.schema import parse_json
 from dalle.serving.state import State
 
@@ -81,10 +82,10 @@ async def accept(
     Raises:
         ServingError: 400 with the field at fault, or 503 where the queue is full.
     """
-    reservation = state.jobs.reserve(n_slots)
+    reservation = state.queue.reserve(n_slots)
     try:
         request = await run_in_threadpool(_checked, state, read, names)
-        return state.jobs.submit(reservation, request, listener, keeps_candidates)
+        return state.queue.submit(reservation, request, listener, keeps_candidates)
     except BaseException:
         reservation.release()
         raise

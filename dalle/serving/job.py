@@ -15,42 +15,7 @@ from torch import Tensor
 
 from dalle.generation.batch import Batch, Slot
 from dalle.generation.request import CaptionRequest
-
-
-class ServingError(Exception):
-    """A failure that a client is told of, in OpenAI's envelope.
-
-    Args:
-        status: HTTP status.
-        kind: the envelope's `type`.
-        code: machine-readable reason.
-        param: the field at fault.
-        retry_after_s: seconds until it is worth trying again.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        kind: str = "invalid_request_error",
-        code: str | None = None,
-        param: str | None = None,
-        retry_after_s: int | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.kind, self.code, self.param = status, message, kind, code, param
-        self.retry_after_s = retry_after_s
-
-    def body(self) -> dict[str, dict[str, str | None]]:
-        """The envelope."""
-        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
-
-
-def bad_request(message: str, param: str | None = None, code: str | None = None) -> ServingError:
-    """A 400: what the client sent is at fault."""
-    return ServingError(400, message, param=param, code=code)
-
+from dalle.serving.errors import ServingError
 
 # --- What a client is told, in this order -------------------------------------------------------------------
 
@@ -68,7 +33,7 @@ class Started:
 
 
 @dataclass(frozen=True)
-class Row:
+class RowDrawn:
     """A grid row of a batch's candidates is drawn."""
 
     row: int  # from 0
@@ -105,7 +70,7 @@ class Failed:
     error: ServingError
 
 
-Event = Queued | Started | Row | Settled | Failed
+Event = Queued | Started | RowDrawn | Settled | Failed
 
 
 class Listener(Protocol):
@@ -165,8 +130,8 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Part:
-    """Some of a job's candidates, in one batch."""
+class Turn:
+    """Some of a job's candidates, to be drawn in one batch."""
 
     job: Job
     first: int

@@ -12,8 +12,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from dalle.serving.job import Event, Failed, Job, Row, Settled
-from dalle.serving.jobs import Jobs
+from dalle.serving.job import Event, Failed, Job, RowDrawn, Settled
+from dalle.serving.queue import JobQueue
 
 HEARTBEAT_S = 15.0  # a comment in an idle stream, so that nobody on the way takes it for dead
 
@@ -45,7 +45,7 @@ class Mailbox:
 
     def tell(self, event: Event) -> None:
         """Takes an event in, from any thread."""
-        if isinstance(event, Row):
+        if isinstance(event, RowDrawn):
             self._has_unread_row = True
             while self._rows and self._rows[0] <= event.row:
                 self._rows.popleft()
@@ -57,7 +57,7 @@ class Mailbox:
     async def get(self) -> Event:
         """The next event; a row counts as read when it is taken out."""
         event = await self._events.get()
-        if isinstance(event, Row):
+        if isinstance(event, RowDrawn):
             self._has_unread_row = False
         return event
 
@@ -82,7 +82,7 @@ async def follow(mailbox: Mailbox, receive: Receive) -> AsyncIterator[Event | No
         left.cancel()
 
 
-async def outcome(mailbox: Mailbox, receive: Receive, jobs: Jobs, job: Job) -> Settled | Failed | None:
+async def outcome(mailbox: Mailbox, receive: Receive, queue: JobQueue, job: Job) -> Settled | Failed | None:
     """The last event of a job; None when the client left before, which cancels it."""
     try:
         async for event in follow(mailbox, receive):
@@ -90,7 +90,7 @@ async def outcome(mailbox: Mailbox, receive: Receive, jobs: Jobs, job: Job) -> S
                 return event
         return None
     finally:
-        jobs.cancel(job.id)
+        queue.cancel(job.id)
 
 
 async def _left(receive: Receive) -> None:
@@ -109,7 +109,7 @@ class EventStream(Response):
 
     def __init__(
         self,
-        jobs: Jobs,
+        queue: JobQueue,
         job: Job,
         mailbox: Mailbox,
         write: Callable[[Event], Iterable[tuple[str, Mapping[str, Any]]]],
@@ -117,7 +117,7 @@ class EventStream(Response):
     ) -> None:
         super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no", **(headers or {})})
         del self.headers["content-length"]
-        self._jobs, self._job, self._mailbox, self._write = jobs, job, mailbox, write
+        self._queue, self._job, self._mailbox, self._write = queue, job, mailbox, write
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends event after event, each when it happens."""
@@ -134,7 +134,7 @@ class EventStream(Response):
                     await send({"type": "http.response.body", "body": frame, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
-            self._jobs.cancel(self._job.id)
+            self._queue.cancel(self._job.id)
 
     def _frames(self, event: Event) -> list[bytes]:
         return [_frame(name, data) for name, data in self._write(event)]

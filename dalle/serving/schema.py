@@ -24,7 +24,7 @@ from dalle.generation.request import (
     TopK,
     TopP,
 )
-from dalle.serving.job import ServingError, bad_request
+from dalle.serving.errors import ServingError, bad_request
 
 MAX_PROMPT = 32_000  # characters, OpenAI's limit; how many tokens the model reads is checked later
 
@@ -115,15 +115,15 @@ def check(schema: type[R], tree: Any) -> R:
     try:
         return schema.model_validate(tree)
     except ValidationError as error:
-        raise told(error) from None
+        raise as_error(error) from None
 
 
-def told(error: ValidationError) -> ServingError:
+def as_error(error: ValidationError) -> ServingError:
     """What pydantic found, for a client: the first field at fault, and never its value."""
-    return told_first(error.errors(include_url=False, include_input=False, include_context=False))
+    return first_error(error.errors(include_url=False, include_input=False, include_context=False))
 
 
-def told_first(
+def first_error(
     details: Sequence[Any], ignored: Sequence[str] = ("body", "query", "path", "header")
 ) -> ServingError:
     """The same of pydantic's list of errors; FastAPI's begin with where the field was (`ignored`)."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
+from dalle.serving.queue import JobQueue
 from dalle.serving.settings import Settings
 from dalle.serving.state import State
 
@@ -63,11 +63,11 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Takes nothing more on, gives jobs their time, then ends them."""
-        jobs = self.state.jobs
-        jobs.drain()
-        ending = asyncio.ensure_future(asyncio.to_thread(_end, jobs, self._grace_s))
+        queue = self.state.queue
+        queue.drain()
+        ending = asyncio.ensure_future(asyncio.to_thread(_end, queue, self._grace_s))
         await super().shutdown(sockets)
-        jobs.stop()  # nobody is left to wait for them; or somebody pressed Ctrl-C twice
+        queue.stop()  # nobody is left to wait for them; or somebody pressed Ctrl-C twice
         await ending
 
     @property
@@ -77,7 +77,7 @@ class Server(uvicorn.Server):
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _end(jobs: Any, grace_s: float) -> None:
-    if not jobs.wait_idle(grace_s):
-        logger.warning("%d requests did not end within %g s: their clients are told", jobs.n_jobs, grace_s)
-    jobs.stop()
+def _end(queue: JobQueue, grace_s: float) -> None:
+    if not queue.wait_idle(grace_s):
+        logger.warning("%d requests did not end within %g s: their clients are told", queue.n_jobs, grace_s)
+    queue.stop()

@@ -1,4 +1,4 @@
-"""The worker: draws batches of mixed jobs, shows them row by row, ranks and stores what is finished.
+"""The worker: the thread that owns the model draws batches of mixed jobs, shows, ranks and stores them.
 
 Shapes: R candidates of a batch, G grid side, E width of CLIP's embedding.
 """
@@ -6,9 +6,9 @@ Shapes: R candidates of a batch, G grid side, E width of CLIP's embedding.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -21,11 +21,10 @@ from dalle.generation.request import ImageRequest
 from dalle.generation.rerank import CHUNK, best_first
 from dalle.images import to_images, to_png
 from dalle.pipeline import DallePipeline
+from dalle.serving.errors import ServingError
 from dalle.serving.history import History, NewPicture
-from dalle.serving.job import Candidate, Drawn, Failed, Job, Part, Row, ServingError, Settled
-
-if TYPE_CHECKING:
-    from dalle.serving.jobs import Jobs
+from dalle.serving.job import Candidate, Drawn, Failed, Job, RowDrawn, Settled, Turn
+from dalle.serving.queue import JobQueue
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +33,44 @@ PREVIEW_SHARE = 0.3  # of a batch's time that may go into showing it
 
 
 class Worker:
-    """Owns the model; every method runs on one thread."""
+    """Owns the model from `start` on; `draw` and what it calls run on its thread alone."""
 
-    def __init__(self, pipe: DallePipeline, history: History, jobs: Jobs) -> None:
-        self.pipe, self.history, self.jobs = pipe, history, jobs
-        self.metrics = jobs.metrics
+    def __init__(self, pipe: DallePipeline, history: History, queue: JobQueue) -> None:
+        self.pipe, self.history, self.queue = pipe, history, queue
+        self.metrics = queue.metrics
+        self._is_warm = False
+        self._thread = threading.Thread(target=self._work, name="dalle-worker", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread, which warms the model up first."""
+        self._thread.start()
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Stop the queue, and wait for the thread."""
+        self.queue.stop()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    @property
+    def is_ready(self) -> bool:
+        """Say whether the model is warm and requests are taken."""
+        return self._is_warm and self.queue.is_open and self._thread.is_alive()
+
+    def _work(self) -> None:
+        self.warm_up()
+        with self.queue.changed:
+            self._is_warm = True
+            self.queue.changed.notify_all()
+        while (work := self.queue.wait()) is not None:
+            calls, turns = work
+            for call in calls:
+                call.make()
+            try:
+                self.draw(turns)
+            except Exception as error:  # ours, or a listener's: this batch ends, the thread does not
+                logger.exception("a batch could not be drawn")
+                for turn in turns:
+                    self.fail(turn.job, error)
 
     def warm_up(self) -> None:
         """Draws, decodes and ranks once, so that the first client does not wait for libraries to set themselves up."""
@@ -58,22 +90,22 @@ class Worker:
         except Exception:  # a broken model answers each request with its error
             logger.exception("the model could not be warmed up")
 
-    def draw(self, parts: Sequence[Part]) -> None:
+    def draw(self, turns: Sequence[Turn]) -> None:
         """Draws one batch; whatever goes wrong ends the job at fault, and neither this thread nor its neighbours."""
-        ready = [part for part in parts if self._prepare(part.job)]
+        ready = [turn for turn in turns if self._prepare(turn.job)]
         if not ready:
             return
         try:
             self._draw(ready)
         except Exception as error:
             if len(ready) > 1:  # who is at fault? Each alone finds out
-                for part in ready:
-                    self.draw([part])
+                for turn in ready:
+                    self.draw([turn])
             elif ready[0].n > 1 and isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-                [part] = ready
-                half = part.n // 2
-                self.draw([Part(part.job, part.first, half)])
-                self.draw([Part(part.job, part.first + half, part.n - half)])
+                [turn] = ready
+                half = turn.n // 2
+                self.draw([Turn(turn.job, turn.first, half)])
+                self.draw([Turn(turn.job, turn.first + half, turn.n - half)])
             else:
                 self.fail(ready[0].job, error)
 
@@ -107,12 +139,12 @@ class Worker:
             code="out_of_memory" if is_memory else "drawing_failed",
             retry_after_s=10 if is_memory else None,
         )
-        self.jobs.end(job, "failed", Failed(told))
+        self.queue.end(job, "failed", Failed(told))
 
     # --- One batch ------------------------------------------------------------------------------------------
 
-    def _draw(self, parts: Sequence[Part]) -> None:
-        n_rows = sum(part.n for part in parts)
+    def _draw(self, turns: Sequence[Turn]) -> None:
+        n_rows = sum(turn.n for turn in turns)
         n_threads, start = self.pipe.sampler.n_threads(n_rows), time.monotonic()
         grid, shown_s = self.pipe.dvae.grid_size, 0.0
         self.metrics.batch_rows.set(n_rows)
@@ -120,59 +152,59 @@ class Worker:
         def on_row_end(row: int, tokens: Tensor) -> bool:
             nonlocal shown_s
             self.metrics.tokens.inc(n_rows * grid)
-            self.jobs.expire()
+            self.queue.expire()
             before = time.monotonic()
-            for part in parts:
-                if row == 0 and part.first == 0 and not part.job.is_over:
-                    self.metrics.first_row.observe(before - part.job.accepted_at)
+            for turn in turns:
+                if row == 0 and turn.first == 0 and not turn.job.is_over:
+                    self.metrics.first_row.observe(before - turn.job.accepted_at)
             is_late = row > 0 and shown_s > PREVIEW_SHARE * (before - start)
-            self._show(parts, row, tokens, is_late)
+            self._show(turns, row, tokens, is_late)
             shown_s += time.monotonic() - before
-            return all(part.job.is_over for part in parts)  # nobody wants this batch any more
+            return all(turn.job.is_over for turn in turns)  # nobody wants this batch any more
 
-        batch = Batch(tuple(part.slot for part in parts), n_rows, is_shared=True)
+        batch = Batch(tuple(turn.slot for turn in turns), n_rows, is_shared=True)
         tokens = self.pipe.sampler.sample(batch, on_row_end, n_threads)
         self.metrics.batch_rows.set(0)
         row = 0
-        for part in parts:
-            own = tokens[row : row + part.n]
-            if not part.job.is_over:
-                self._finish(part, own, batch, row, n_threads)
-            row += part.n
-        self.jobs.timed(n_rows, time.monotonic() - start)
+        for turn in turns:
+            own = tokens[row : row + turn.n]
+            if not turn.job.is_over:
+                self._finish(turn, own, batch, row, n_threads)
+            row += turn.n
+        self.queue.timed(n_rows, time.monotonic() - start)
 
-    def _show(self, parts: Sequence[Part], row: int, tokens: Tensor, is_late: bool) -> None:
+    def _show(self, turns: Sequence[Turn], row: int, tokens: Tensor, is_late: bool) -> None:
         """Decodes the first rows of all candidates that somebody looks at, in one go."""
-        watched, rows, start = list[tuple[Part, int]](), list[int](), 0
-        for part in parts:
-            n = 0 if part.job.is_over else part.job.listener.n_looked_at(row, part.first, part.n, is_late)
+        watched, rows, start = list[tuple[Turn, int]](), list[int](), 0
+        for turn in turns:
+            n = 0 if turn.job.is_over else turn.job.listener.n_looked_at(row, turn.first, turn.n, is_late)
             if n:
-                watched.append((part, n))
+                watched.append((turn, n))
                 rows.extend(range(start, start + n))
-            start += part.n
+            start += turn.n
         if not watched:
             return
         top = self.pipe.sampler.decode_together(tokens[rows][:, : row + 1])  # (R, 3, h, W)
         side = self.pipe.dvae.output_size
         images = [_padded(image, side) for image in to_images(top)]
         start = 0
-        for part, n in watched:
-            part.job.listener.tell(Row(row, part.first, tuple(images[start : start + n])))
+        for turn, n in watched:
+            turn.job.listener.tell(RowDrawn(row, turn.first, tuple(images[start : start + n])))
             start += n
 
-    def _finish(self, part: Part, tokens: Tensor, batch: Batch, row: int, n_threads: int) -> None:
-        """Decodes and scores a job's part of a batch; the last part settles the job."""
-        job = part.job
+    def _finish(self, turn: Turn, tokens: Tensor, batch: Batch, row: int, n_threads: int) -> None:
+        """Decodes and scores a job's turn of a batch; the last turn settles the job."""
+        job = turn.job
         try:
             with threads(n_threads):
                 pixels = self.pipe.sampler.decode(tokens)  # (n, 3, H, W)
-            scores: list[float | None] = [None] * part.n
+            scores: list[float | None] = [None] * turn.n
             if self.pipe.ranker is not None and job.caption_vector is not None:
                 scores = self.pipe.ranker.score(job.caption_vector, torch.split(pixels, CHUNK)).tolist()
             images = to_images(pixels)
             for i, image in enumerate(images):
                 job.candidates.append(Candidate(tokens[i], image, scores[i], batch, row + i, n_threads))
-            self.metrics.pictures.inc(part.n)
+            self.metrics.pictures.inc(turn.n)
             if len(job.candidates) == job.n_candidates:
                 self._settle(job)
         except Exception as error:
@@ -204,7 +236,7 @@ class Worker:
             )
             for index, one, picture_id in zip(order, new, ids, strict=True)
         )
-        if self.jobs.end(job, "settled", Settled(pictures)):
+        if self.queue.end(job, "settled", Settled(pictures)):
             self.metrics.latency.observe(time.monotonic() - job.accepted_at)
 
     def _picture(self, job: Job, index: int, rank: int) -> NewPicture:
@@ -229,7 +261,7 @@ class Worker:
 
 
 def _padded(top: Image.Image, side: int) -> Image.Image:
-    """A picture's upper part on a grey square."""
+    """A picture's upper turn on a grey square."""
     image = Image.new("RGB", (side, side), (GREY, GREY, GREY))
     image.paste(top, (0, 0))
     return image

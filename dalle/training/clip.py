@@ -26,7 +26,7 @@ from dalle.tokenizer import Tokenizer
 from dalle.training.contrastive import cached_backward, gathered_loss
 from dalle.training.distributed import Layout
 from dalle.training.order import Order, rng
-from dalle.training.pictures import Member, Pictures, load_all
+from dalle.training.pictures import Member, Pictures, load_all, small_square
 from dalle.training.processes import ALONE, World
 from dalle.training.recipe import Balance, CLIPTraining
 from dalle.training.transformer import encode_caption, fitting_captions
@@ -79,7 +79,7 @@ class CLIPStage:
             self.order,
             settings.batch_size,
             bad,
-            read=lambda pair: images.center_crop(pair.open(), size) if is_whole else _square(pair, side),
+            read=lambda pair: images.center_crop(pair.open(), size) if is_whole else small_square(pair, side),
             draw=None if is_whole else lambda picture, drawn: images.near_crop(picture, size, drawn),
             side=side,
             seed=seed,
@@ -177,12 +177,18 @@ class CLIPStage:
         return torch.cat(pictures), torch.cat(texts)
 
     def validate(self) -> dict[str, float]:
-        """Recall at 1 among the held-out pairs, both ways, 0..1."""
+        """Recall at 1 among the held-out pairs, both ways, 0..1, and the loss among them all, nats."""
         pictures, texts = self._held_out_vectors()
         truth = range(len(pictures))
         found = (retrieval_ranks(pictures, texts, truth), retrieval_ranks(texts, pictures, truth))
         names = ("recall_picture_to_caption", "recall_caption_to_picture")
-        return {name: float((ranks == 1).float().mean()) for name, ranks in zip(names, found, strict=True)}
+        recalls = {name: float((ranks == 1).float().mean()) for name, ranks in zip(names, found, strict=True)}
+        device = self.device
+        return {**recalls, "loss": float(self.model.pair_loss(pictures.to(device), texts.to(device)))}
+
+    def score(self, figures: dict[str, float]) -> float:
+        """The contrastive loss, negated: recalls of a few pictures hardly tell two models apart."""
+        return -figures["loss"]
 
     def sheet(self) -> Image:
         """Held-out pictures, each above the picture that its caption finds."""
@@ -190,12 +196,6 @@ class CLIPStage:
         rows = spread(range(len(pictures)), SHEET_CAPTIONS)
         found = (texts[rows] @ pictures.T).argmax(dim=1)
         return pairs_sheet(self.held_out[rows], self.held_out[found])
-
-
-def _square(pair: Pair, side: int) -> Image:
-    """The central square of a pair's picture, at most `side` pixels wide: a small one is not blown up."""
-    picture = pair.open()
-    return images.center_crop(picture, min(side, *picture.size))
 
 
 def _fitting(settings: CLIPTraining, n_epoch: int, n_processes: int = 1) -> CLIPTraining:

@@ -73,8 +73,8 @@ EFFICIENCY: dict[Kind, Efficiency] = {
         attention=0.51,
         muon=0.88,
         bytes=0.86,
-        dvae=0.72,
-        clip=0.44,
+        dvae=0.75,
+        clip=0.45,
     ),
 }
 # Bytes moved by all that is no matrix product. Of a layer, over what it keeps for its backward pass: norms, casts, GELU,

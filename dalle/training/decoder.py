@@ -24,6 +24,7 @@ from dalle.training.perceptual import FeatureDistance
 from dalle.training.pictures import Pictures, load_all
 from dalle.training.processes import ALONE, World
 from dalle.training.recipe import Balance, DecoderTraining
+from dalle.training.wrong_tokens import Source, corrupted, of_another_picture
 
 SHEET_PICTURES = 16
 VALIDATION_BATCH = 32
@@ -57,7 +58,10 @@ class DecoderStage:
         seed: int,
         balance: Balance | None,
         world: World = ALONE,
+        wrong: Source = of_another_picture,
     ) -> None:
+        """`wrong` gives the tokens that take the place of some true ones."""
+        self.wrong = wrong
         self.dvae, self.settings, self.seed, self.world = dvae, settings, seed, world
         self.device = next(dvae.parameters()).device
         dvae.encoder.eval().requires_grad_(False)
@@ -86,23 +90,11 @@ class DecoderStage:
     @torch.no_grad()
     def batch(self, number: int) -> Batch:
         """Tokens (B, G, G), some of them wrong, and pictures (B, 3, S, S) in [0, 1] of micro-batch `number`."""
-        pictures = self._pictures(number)[1].to(self.device)
+        members, pictures = self._pictures(number)
+        pictures = pictures.to(self.device)
         tokens = self.dvae.encode(images.box_filtered(pictures, self.dvae.config.image_size))
-        return self._corrupted(tokens, number), pictures
-
-    def _corrupted(self, tokens: Tensor, number: int) -> Tensor:
-        """Replace a share of tokens (B, G, G) by those of another picture of the batch at the same place.
-
-        What the transformer draws is wrong in places, and always plausible there: the decoder must not let one wrong
-        token smear over its neighbours.
-        """
-        share = self.settings.token_noise
-        if not share:
-            return tokens
-        generator = rng(self.seed, "corrupted", number, self.world.rank)
-        is_wrong = torch.from_numpy(generator.random(tuple(tokens.shape)) < share).to(self.device)
-        others = torch.from_numpy(generator.permutation(len(tokens))).to(self.device)
-        return torch.where(is_wrong, tokens[others], tokens)
+        generator = rng(self.seed, "wrong tokens", number, self.world.rank)
+        return corrupted(self.wrong, self.settings.token_noise, members, tokens, generator), pictures
 
     def loss(self, batch: Batch, step: int, number: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Absolute and squared error, features, and the critic's doubt where there is one."""
@@ -152,6 +144,10 @@ class DecoderStage:
                 total += float(self.distance(drawn, pictures.to(self.device))) * len(part)
             figures["feature_distance"] = total / len(tokens)
         return figures
+
+    def score(self, figures: dict[str, float]) -> float:
+        """The PSNR at the size that is drawn."""
+        return figures["output_psnr"]
 
     def sheet(self) -> Image:
         """Held-out pictures, each above what is drawn of its tokens."""

@@ -6,17 +6,19 @@ Shapes: B batch, H and W picture sides in pixels, G grid side.
 import torch
 from PIL.Image import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from dalle import images
 from dalle.data.pair import Pair
 from dalle.data.reading import BadSampleLog
-from dalle.dvae import DiscreteVAE
+from dalle.dvae import DOWNSAMPLING, DiscreteVAE
+from dalle.evaluation.metrics import INK_BELOW
 from dalle.evaluation.protocols import measure_reconstruction, reconstruct
 from dalle.evaluation.sheets import pairs_sheet, spread
 from dalle.training.optim import half_cosine
 from dalle.training.order import Order, rng
 from dalle.training.perceptual import FeatureDistance
-from dalle.training.pictures import Pictures, load_all
+from dalle.training.pictures import Pictures, load_all, small_square
 from dalle.training.processes import ALONE, World
 from dalle.training.recipe import Balance, DVAETraining
 
@@ -46,20 +48,26 @@ class DVAEStage:
         self.order = Order(train, seed, balance, world=world)
         self.device = next(model.parameters()).device
         self._features = FeatureDistance(self.device) if settings.feature_weight else None
-        size = model.config.image_size
+        size = model.config.output_size
 
         def whole(pair: Pair) -> Image:
             return images.center_crop(pair.open(), size)
 
-        is_whole = settings.crop == "center"
+        crops = {"paper": images.dvae_crop, "near": images.near_crop}
+        crop = crops.get(settings.crop)
+        side = {"center": size, "near": 2 * size}.get(settings.crop)  # the paper's crop needs the whole file
         self._pictures = Pictures(
             train,
             self.order,
             settings.batch_size,
             bad,
-            read=whole if is_whole else Pair.open,
-            draw=None if is_whole else lambda picture, drawn: images.dvae_crop(picture, size, drawn),
-            side=size if is_whole else None,
+            read=Pair.open
+            if side is None
+            else whole
+            if crop is None
+            else lambda pair: small_square(pair, side),
+            draw=None if crop is None else lambda picture, drawn: crop(picture, size, drawn),
+            side=side,
             seed=seed,
         )
         _, self.held_out = load_all(spread(held_out, settings.n_validation), whole, bad)
@@ -81,6 +89,7 @@ class DVAEStage:
             kl_weight=half_cosine(step, 0.0, settings.kl_weight, settings.kl_steps),
             generator=generator,
             distance=None if self._features is None else self._distance,
+            pixel_weights=None if settings.ink_weight == 1 else ink_weights(batch, settings.ink_weight),
         )
         return loss * self.world.weight(len(batch)), metrics  # unreadable pictures make parts unequal
 
@@ -95,7 +104,18 @@ class DVAEStage:
         assert psnr is not None  # a stage without held-out pictures cannot be made
         return {"psnr": psnr, "codes_used": sums.codes_used}
 
+    def score(self, figures: dict[str, float]) -> float:
+        """The PSNR."""
+        return figures["psnr"]
+
     def sheet(self) -> Image:
         """Held-out pictures, each above its reconstruction from hard tokens."""
         originals = self.held_out[spread(range(len(self.held_out)), SHEET_PICTURES)]
         return pairs_sheet(originals, reconstruct(self.model, originals)[1])
+
+
+def ink_weights(pictures: Tensor, weight: float) -> Tensor:
+    """`weight` for the pixels of each token's patch of pictures (B, 3, H, W) that has ink, 1 elsewhere: (B, 1, H, W)."""
+    is_ink = (pictures.amin(dim=1, keepdim=True) * 255 < INK_BELOW).float()  # (B, 1, H, W)
+    patches = F.max_pool2d(is_ink, DOWNSAMPLING)  # (B, 1, G, G)
+    return 1 + (weight - 1) * F.interpolate(patches, scale_factor=DOWNSAMPLING)

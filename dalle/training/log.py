@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 LINE_SECONDS = 30.0  # between plain lines when nobody watches a terminal
 logger = logging.getLogger(__name__)
@@ -38,10 +38,20 @@ class RunLog:
     """
 
     def __init__(
-        self, folder: Path, stage: str, steps: int, done: int, quiet: bool = False, is_main: bool = True
+        self,
+        folder: Path,
+        stage: str,
+        steps: int,
+        done: int,
+        quiet: bool = False,
+        is_main: bool = True,
+        later: float = 0.0,
     ) -> None:
-        """`is_main`: of several processes one writes and speaks, the others keep silent."""
-        self.stage, self.steps, self.done = stage, steps, done
+        """`is_main`: of several processes one writes and speaks, the others keep silent.
+
+        `later` is the work of the stages after this one, in updates of this one.
+        """
+        self.stage, self.steps, self.done, self.later = stage, steps, done, later
         self.is_main = is_main
         self.quiet = quiet or not is_main
         self.folder = folder
@@ -63,8 +73,6 @@ class RunLog:
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[numbers]}"),
-                TextColumn("ETA"),
-                TimeRemainingColumn(),
                 console=Console(stderr=True),
             )
             self._progress.start()
@@ -86,10 +94,12 @@ class RunLog:
         rate = self.pictures_per_second()
         numbers = f"loss {loss:.4f}  {rate:.1f} pictures/s"
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=step, numbers=numbers)
+            shown = f"{numbers}  ETA {self._eta(step, now)}"
+            self._progress.update(self._task, completed=step, numbers=shown)
         elif not self.quiet and now - self.last_line >= LINE_SECONDS:
             self.last_line = now
-            logger.info("%s %d/%d  %s  ETA %s", self.stage, step, self.steps, numbers, self._eta(step, now))
+            eta = self._eta(step, now)
+            logger.info("%s %d/%d  %s  ETA %s", self.stage, step, self.steps, numbers, eta)
 
     def metrics(self, step: int, values: dict[str, Any]) -> None:
         """Write one row of numbers to metrics.jsonl and TensorBoard; one that is not finite becomes null."""
@@ -121,7 +131,12 @@ class RunLog:
         return self.n_pictures / max(time.monotonic() - self.began, 1e-9)
 
     def _eta(self, step: int, now: float) -> str:
-        return duration((now - self.began) / max(step - self.done, 1) * (self.steps - step))
+        """Return the time left: of this stage and, where others follow, of all."""
+        per_update = (now - self.began) / max(step - self.done, 1)
+        left = duration(per_update * (self.steps - step))
+        if self.later == 0:
+            return left
+        return f"{left}; of all stages {duration(per_update * (self.steps - step + self.later))}"
 
 
 class Board:

@@ -17,6 +17,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from dalle import images
+from dalle.training.best import Best
 from dalle.training.distributed import Layout
 from dalle.training.log import RunLog
 from dalle.training.optim import OPTIMIZERS, MovingAverage, Plateau, learning_rate
@@ -54,6 +55,9 @@ class Stage(Protocol):
 
     def validate(self) -> dict[str, float]:
         """Figures on held-out pictures, with the weights that the model holds now."""
+
+    def score(self, figures: dict[str, float]) -> float:
+        """The one number of a validation's figures that says how good the model is: the higher, the better."""
 
     def sheet(self) -> Image:
         """A picture that tells a person how the stage is going."""
@@ -118,9 +122,12 @@ def train_stage(
     quiet: bool = False,
     world: World = ALONE,
     config: DistributedConfig = IN_ONE_PIECE,
+    later: float = 0.0,
 ) -> dict[str, Tensor]:
     """Train `stage` to its last update, from its newest checkpoint if there is one; returns the averaged weights.
 
+    With `patience` in its settings, it ends where nothing improves any more, and those of its best validation are
+    returned. `later` is the work of the stages after it, in its own updates: for the ETA.
     Of several processes the main one gets them whole, the others get nothing. Raises `Stopped` after a signal
     (saved), ValueError when losses stay non-finite, OSError when the disk is full.
     """
@@ -131,6 +138,7 @@ def train_stage(
     optimizer = OPTIMIZERS[settings.optimizer](model, settings)
     average = MovingAverage(model, settings.average_decay, settings.average_on_cpu)
     checkpoints = Checkpoints(run_folder / "checkpoints" / stage.name, layout, average, optimizer)
+    best = Best(checkpoints.root, settings.patience, world.is_main) if settings.patience else None
     plateau, progress = Plateau(), Progress()
     state = checkpoints.restore()
     if state is not None:
@@ -138,8 +146,10 @@ def train_stage(
         progress = Progress(state["step"], state["n_non_finite"], state["n_non_finite_in_a_row"])
         if scaling is not None:
             scaling.restore(state["scales"])
+        if best is not None:
+            best.restore(state["best"])
     with (
-        RunLog(run_folder, stage.name, settings.steps, progress.step, quiet, world.is_main) as log,
+        RunLog(run_folder, stage.name, settings.steps, progress.step, quiet, world.is_main, later) as log,
         stop_signals(world.size == 1) as signals,
         checkpoints,
     ):
@@ -151,32 +161,44 @@ def train_stage(
         if state is not None:
             log.say(f"{stage.name}: goes on from update {progress.step}")
             log.metrics(progress.step, {"resumed": True})
+        elif best is not None:  # the model that it starts from may be the best
+            _look(stage, average, 0, run_folder, log, layout, best)
         model.train()
-        while progress.step < settings.steps:
+        is_over = best is not None and best.is_over
+        while progress.step < settings.steps and not is_over:
             loss, metrics = update(stage, optimizer, plateau, progress, dtype, scaling, layout)
             if progress.step % settings.average_every == 0:
                 average.update(model, progress.step // settings.average_every)
             log.step(progress.step, n_pictures, loss)
             if progress.step % LOG_EVERY == 0 or progress.step in (1, settings.steps):
                 log.metrics(progress.step, {**metrics, "pictures_per_second": log.pictures_per_second()})
-            _look(stage, average, progress.step, run_folder, log, layout)
+            _look(stage, average, progress.step, run_folder, log, layout, best)
+            is_over = best is not None and best.is_over
             stopped_by = _signal(signals, world)  # looked at once: a later one waits for the next update
             if (
                 stopped_by
                 or progress.step % settings.checkpoint_every == 0
                 or progress.step == settings.steps
+                or is_over
             ):
                 state = {"plateau": plateau.state(), "n_non_finite": progress.n_non_finite}
                 state["n_non_finite_in_a_row"] = progress.n_non_finite_in_a_row
                 if scaling is not None:
                     state["scales"] = scaling.state()
+                if best is not None:
+                    state["best"] = best.state()
                 checkpoints.save(progress.step, state)
+                if best is not None:
+                    best.checkpoint_written()
             if stopped_by:
                 raise Stopped(stage.name, progress.step, stopped_by)
     stopped_by = _signal(signals, world)  # in the last update, or in its checkpoint
     if stopped_by:
         raise Stopped(stage.name, progress.step, stopped_by)  # the next stage must not begin
-    return layout.whole(average.tensors)
+    if best is None:
+        return layout.whole(average.tensors)
+    log.say(f"{stage.name}: the weights after {best.step} of {progress.step} updates are kept, its best")
+    return best.load()
 
 
 def _signal(received: list[int], world: World) -> int:
@@ -266,9 +288,15 @@ def _sheet_folder(run_folder: Path, stage: Stage) -> Path:
 
 
 def _look(
-    stage: Stage, average: MovingAverage, step: int, run_folder: Path, log: RunLog, layout: Layout
+    stage: Stage,
+    average: MovingAverage,
+    step: int,
+    run_folder: Path,
+    log: RunLog,
+    layout: Layout,
+    best: Best | None,
 ) -> None:
-    """Validate and draw the sample sheet with the averaged weights, when it is time."""
+    """Validate and draw the sample sheet with the averaged weights, when it is time; `best` takes the validation."""
     last = step == stage.settings.steps
     validates = step % stage.settings.validate_every == 0 or last
     draws = step % stage.settings.sheet_every == 0 or last
@@ -277,8 +305,12 @@ def _look(
     stage.model.eval()
     with average.applied(stage.model), torch.no_grad():
         if validates:
-            figures = {f"validation_{name}": value for name, value in stage.validate().items()}
+            found = stage.validate()
+            figures = {f"validation_{name}": value for name, value in found.items()}
             log.metrics(step, figures)
+            if best is not None:
+                (score,) = layout.world.means([stage.score(found)])  # the same for all processes
+                best.take(step, score, lambda: layout.whole(average.tensors))
             shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
             log.say(f"{stage.name} {step}: {shown}")
         if draws:

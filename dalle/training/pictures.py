@@ -100,3 +100,9 @@ def load_all(
     if not pictures:
         raise ValueError(f"no held-out picture can be read, the last because: {reason}")
     return kept, images.to_tensor(pictures)
+
+
+def small_square(pair: Pair, side: int) -> Image:
+    """The central square of a pair's picture, at most `side` pixels wide: a small one is not blown up."""
+    picture = pair.open()
+    return images.center_crop(picture, min(side, *picture.size))

@@ -259,11 +259,16 @@ def _stages(
         seconds = training.steps * flops * n_pictures / (machine.flops * share) if machine else None
         return Stage(n_parameters, flops, n_pictures, training.steps, seconds)
 
-    n_dvae = count_parameters(lambda: DiscreteVAE(recipe.dvae))
-    update = (1 + BACKWARD) * sum(dvae_flops(recipe.dvae))
-    stages = {
-        "dvae": stage(n_dvae, update, recipe.dvae_training, machine.efficiency.dvae if machine else 1.0)
-    }
+    dvae = recipe.dvae if recipe.decoder_training is None else recipe.dvae.mirrored()
+    n_dvae = count_parameters(lambda: DiscreteVAE(dvae))
+    efficiency = machine.efficiency.dvae if machine else 1.0
+    update = (1 + BACKWARD) * sum(dvae_flops(dvae))
+    stages = {"dvae": stage(n_dvae, update, recipe.dvae_training, efficiency)}
+    if recipe.decoder_training is not None:
+        n_decoder = count_parameters(lambda: DiscreteVAE(recipe.dvae).decoder)
+        encode, decode = dvae_flops(recipe.dvae)
+        update = encode + (1 + BACKWARD) * decode
+        stages["decoder"] = stage(n_decoder, update, recipe.decoder_training, efficiency)
     of_transformer = stage(n_weights, transformer_flops(config).update, recipe.transformer_training, 1.0)
     seconds = of_transformer.steps * speed.step if machine and speed else None
     stages["transformer"] = replace(of_transformer, seconds=seconds)

@@ -76,18 +76,25 @@ class Optimization(Config):
     checkpoint_every: int = Field(ge=1)  # updates
     sheet_every: int = Field(ge=1)  # updates between sample sheets
     n_validation: int = Field(512, ge=1)  # held-out pictures a validation looks at
+    # Validations in a row without a better one that end the stage, which then ships the weights of its best one, the
+    # start included; None: all steps are taken, and the last weights shipped.
+    patience: int | None = Field(None, ge=1)
 
 
 class DVAETraining(Optimization):
     """Stage 1 (App. A.2): the schedules of the relaxation belong to the quantizer gumbel; FSQ has none."""
 
-    crop: Literal["paper", "center"]  # Listing 1, or the whole picture
+    crop: Literal[
+        "paper", "center", "near"
+    ]  # Listing 1; the whole picture; nearly all of it, drawn anew each epoch
     kl_weight: float = Field(0.0, ge=0)  # beta, paper 6.6
     kl_steps: int = Field(1, ge=1)  # 0 -> beta, paper 5,000
     final_temperature: float = Field(0.0625, gt=0)  # tau, from 1; paper 1/16
     temperature_steps: int = Field(1, ge=1)  # paper 150,000
     # Weight of the distance in `dalle.training.perceptual`: so that tokens carry meaning; paper: none
     feature_weight: float = Field(0.0, ge=0)
+    # What a pixel counts in a token's patch with ink, beside 1 in a blank one: most of an emoji is white; paper: 1
+    ink_weight: float = Field(1.0, gt=0)
 
 
 class DecoderTraining(Optimization):
@@ -97,7 +104,10 @@ class DecoderTraining(Optimization):
     feature_weight: float = Field(
         0.0, ge=0
     )  # of the distance in `dalle.training.perceptual`, beside L1 + MSE
-    token_noise: float = Field(0.0, ge=0, lt=1)  # share of tokens that become those of another picture
+    # Share of tokens that are wrong, and whose they are: another picture's at the same place, or what the transformer of
+    # --init-from draws there
+    token_noise: float = Field(0.0, ge=0, lt=1)
+    replaced_by: Literal["picture", "transformer"] = "picture"
     # The critic's share of the gradient (`dalle.training.critic`), and the update from which the decoder listens to it
     adversarial_share: float = Field(0.0, ge=0)
     adversarial_start: int = Field(0, ge=0)
@@ -202,6 +212,13 @@ class Recipe(Config):
     def _lengths_agree(self) -> Self:
         if (self.clip is None) != (self.clip_training is None):
             raise ValueError("clip and clip_training belong together: give both or neither")
+        for training in self.trainings.values():
+            if training.warmup_steps >= training.steps:
+                raise ValueError(f"warmup_steps {training.warmup_steps} must be below steps {training.steps}")
+        return self
+
+    @model_validator(mode="after")
+    def _large_decoder_is_trained(self) -> Self:
         if self.decoder_training is None and self.dvae.output_size != self.dvae.image_size:
             raise ValueError(
                 f"dvae.output_size {self.dvae.output_size} is not image_size {self.dvae.image_size}: a decoder that draws "
@@ -211,9 +228,6 @@ class Recipe(Config):
             raise ValueError(
                 "decoder_training belongs to trunk light; the paper's dVAE is trained in one phase"
             )
-        for training in self.trainings.values():
-            if training.warmup_steps >= training.steps:
-                raise ValueError(f"warmup_steps {training.warmup_steps} must be below steps {training.steps}")
         return self
 
     @model_validator(mode="after")
@@ -249,8 +263,8 @@ def load_recipe(preset: str, settings: Sequence[str]) -> Recipe:
 def with_given(recipe: Recipe, folder: Path) -> tuple[Recipe, list[str]]:
     """The recipe with the sizes of the components in `folder`, and what that changes: "transformer.n_layers: 2 -> 6".
 
-    A run records what it uses, not what its settings asked for. Where stage decoder has settings, the sizes of the
-    decoder stay the recipe's.
+    A run records what it uses, not what its settings asked for. The sizes of the dVAE's own decoder are the recipe's:
+    stage decoder may train another one.
     """
     tree = recipe.model_dump()
     for name in ("tokenizer", "dvae", "transformer", "clip"):

@@ -17,6 +17,8 @@ from dalle.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
+CONTINUED = frozenset({"transformer", "clip"})  # by `train`, which keeps a given dVAE as it is
+
 
 @dataclass(frozen=True)
 class Run:
@@ -34,6 +36,14 @@ class Run:
     init_from: Path | None
     quiet: bool
     world: World = ALONE
+    stages: tuple[str, ...] = ()  # in their order
+    base: str | None = None  # the name of the model in --init-from
+    continued: frozenset[str] = CONTINUED  # components that are trained on where they are given
+
+    @property
+    def data_name(self) -> str:
+        """What a card calls the data: no path of this machine."""
+        return f"`{self.data.name}`"
 
     @property
     def folder(self) -> Path:

@@ -15,16 +15,18 @@ from dalle.config import Config, validate
 from dalle.data.tokens import Crop, TokenStore, encode_part
 from dalle.dvae import DiscreteVAE, DVAEConfig
 from dalle.generation.rerank import Ranker
-from dalle.model_folder import check_fit
+from dalle.model_folder import OPTIONAL, check_fit
 from dalle.tokenizer import Tokenizer
 from dalle.training.clip import CLIPStage
 from dalle.training.decoder import DecoderStage
 from dalle.training.dvae import DVAEStage
+from dalle.training.forecast import work_after
 from dalle.training.log import LINE_SECONDS, duration
 from dalle.training.loop import Stage, train_stage
 from dalle.training.recipe import DistributedConfig, clip_config, transformer_config
 from dalle.training.run import Run
 from dalle.training.transformer import Sequences, TransformerStage
+from dalle.training.wrong_tokens import Source, TransformerDraws, of_another_picture
 from dalle.transformer import Transformer
 
 logger = logging.getLogger(__name__)
@@ -75,7 +77,7 @@ def dvae_stage(run: Run) -> DiscreteVAE:
         "training": recipe.dvae_training.model_dump(mode="json"),
         "data": run.pairs.fingerprint,
     }
-    if given:
+    if given and "dvae" not in run.continued:
         inputs = {"given": files.file_sha256(given / "model.safetensors")}
         with run.world.main_first():
             if not run.finished("dvae", inputs, _file_hash(folder / "model.safetensors")):
@@ -83,9 +85,12 @@ def dvae_stage(run: Run) -> DiscreteVAE:
                 logger.info("dvae: reused from %s, not trained; [dvae_training] has no effect", given)
                 _copy(given, folder, "model.safetensors")
                 run.record("dvae", inputs, files.file_sha256(folder / "model.safetensors"))
-    elif not run.finished("dvae", inputs, _file_hash(folder / "model.safetensors")):
+        return DiscreteVAE.from_pretrained(folder).to(run.device).eval()
+    if given:
+        inputs |= {"model": {}, "given": files.file_sha256(given / "model.safetensors")}
+    if not run.finished("dvae", inputs, _file_hash(folder / "model.safetensors")):
         torch.manual_seed(recipe.seed)  # the models draw their first weights from the global generator
-        model = DiscreteVAE(config).to(run.device)
+        model = (DiscreteVAE.from_pretrained(given) if given else DiscreteVAE(config)).to(run.device)
         stage = DVAEStage(
             model,
             recipe.dvae_training,
@@ -104,12 +109,12 @@ def dvae_stage(run: Run) -> DiscreteVAE:
 def decoder_stage(run: Run, stages: tuple[str, ...]) -> DiscreteVAE:
     """Train the decoder that the recipe's [dvae] describes for the tokens of stage dvae, or take over a given one.
 
-    A given dVAE is taken over whole, unless its decoder has other sizes or `stages` names the decoder without the dvae.
+    A given dVAE is taken over whole, unless its decoder has other sizes or `stages` names the decoder without the dvae:
+    then one of the same sizes is trained on.
     """
     recipe, source, folder = run.recipe, tokens_folder(run), run.out / "dvae"
     assert recipe.decoder_training is not None
     config = validate(DVAEConfig, files.read_json(source / "config.json"), str(source / "config.json"))
-    tensors = weights.load_tensors(source / "model.safetensors")
     is_trained = run.given("dvae") is None or "decoder" in stages
     if "decoder" in run.records():
         is_trained = "given" not in run.records()["decoder"]["inputs"]
@@ -118,6 +123,7 @@ def decoder_stage(run: Run, stages: tuple[str, ...]) -> DiscreteVAE:
     inputs: dict[str, Any] = {"given": files.file_sha256(source / "model.safetensors")}
     if is_trained:
         wanted = config.drawing_as(recipe.dvae)
+        tensors = weights.load_tensors(source / "model.safetensors")
         encoder = {name: tensor for name, tensor in tensors.items() if name.startswith("encoder.")}
         inputs = {
             "model": wanted.model_dump(mode="json"),
@@ -125,21 +131,46 @@ def decoder_stage(run: Run, stages: tuple[str, ...]) -> DiscreteVAE:
             "encoder": weights.tensors_sha256(encoder),
             "data": run.pairs.fingerprint,
         }
+        own = {name: tensor for name, tensor in tensors.items() if name.startswith("decoder.")}
+        if run.given("dvae") is not None and config.draws_as(wanted):
+            inputs["continued"] = weights.tensors_sha256(own)
+        else:
+            own = {}
+        if recipe.decoder_training.replaced_by == "transformer":
+            inputs["transformer"] = _file_hash(_drawing_transformer(run) / "model.safetensors")
     if not run.finished("decoder", inputs, _file_hash(folder / "model.safetensors")):
         if is_trained:
-            _train_decoder(run, wanted, encoder, inputs)
+            _train_decoder(run, wanted, encoder, own, inputs)
         else:
             _keep(run, "decoder", source, folder)
     return DiscreteVAE.from_pretrained(folder).to(run.device).eval()
 
 
-def _train_decoder(run: Run, wanted: DVAEConfig, encoder: dict[str, Tensor], inputs: dict[str, Any]) -> None:
+def _drawing_transformer(run: Run) -> Path:
+    folder = run.given("transformer")
+    if folder is None:
+        raise ValueError(
+            "decoder_training.replaced_by is transformer, and none is given: name a model with one by --init-from, or set "
+            "it to picture"
+        )
+    return folder
+
+
+def _train_decoder(
+    run: Run, wanted: DVAEConfig, encoder: dict[str, Tensor], own: dict[str, Tensor], inputs: dict[str, Any]
+) -> None:
+    """Train it from `own` weights, which may be those of a given one; from random ones if there are none."""
     recipe, folder = run.recipe, run.out / "dvae"
     assert recipe.decoder_training is not None
     torch.manual_seed(recipe.seed)
     model = DiscreteVAE(wanted).to(run.device)
-    own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("decoder.")}
-    weights.load_strict(model, own | encoder, "dvae")
+    weights.load_strict(model, model.state_dict() | encoder | own, "dvae")
+    wrong: Source = of_another_picture
+    if recipe.decoder_training.replaced_by == "transformer":
+        tokenizer = Tokenizer.from_pretrained(run.out / "tokenizer")
+        transformer = Transformer.from_pretrained(_drawing_transformer(run)).float().to(run.device)
+        check_fit(tokenizer, model, transformer)
+        wrong = TransformerDraws(transformer, tokenizer, run.train)
     stage = DecoderStage(
         model,
         recipe.decoder_training,
@@ -149,6 +180,7 @@ def _train_decoder(run: Run, wanted: DVAEConfig, encoder: dict[str, Tensor], inp
         seed=recipe.seed,
         balance=recipe.balance,
         world=run.world,
+        wrong=wrong,
     )
     # Several megabytes: each process can hold all of it, whatever the transformer needs.
     whole = recipe.distributed.model_copy(update={"mode": "ddp", "shard_size": None})
@@ -246,6 +278,28 @@ def clip_stage(run: Run, tokenizer: Tokenizer, dvae: DiscreteVAE | None) -> None
     _save(run, "clip", model.config, lambda: _stored(run, state), inputs, folder)
 
 
+def keep_given_transformer(run: Run) -> None:
+    """Take over the transformer of --init-from byte for byte, where no stage has made another."""
+    given = run.given("transformer")
+    if given is not None and "transformer" not in run.records():
+        _keep(run, "transformer", given, run.out / "transformer")
+
+
+def keep_given_clips(run: Run) -> None:
+    """Copy the CLIPs that are given and were not trained, unless captions have other tokens than they read."""
+    tokenizer = run.given("tokenizer")
+    for name in OPTIONAL:
+        given = run.given(name)
+        if given is None or name in run.records():
+            continue
+        clip = CLIP.from_pretrained(given)  # refuses a damaged one
+        if clip.config.text_tokens == "dalle" and tokenizer is None:
+            logger.warning("%s: left out of %s, whose tokenizer is another one", given, run.out)
+            continue
+        for path in sorted(given.iterdir()):
+            files.write_bytes(run.out / name / path.name, path.read_bytes())
+
+
 def _encode(run: Run, dvae: DiscreteVAE) -> list[TokenStore]:
     """All pictures as tokens, as often as the recipe says; held-out ones are looked at in the first encoding."""
     training, seed = run.recipe.transformer_training, run.recipe.seed
@@ -301,8 +355,8 @@ def _run_stage(
     run: Run, stage: Stage, inputs: dict[str, Any], distributed: DistributedConfig | None = None
 ) -> dict[str, Tensor]:
     run.begin(stage.name, inputs)
-    layout = distributed or run.recipe.distributed
-    return train_stage(stage, run.folder, run.dtype, run.quiet, run.world, layout)
+    layout, later = distributed or run.recipe.distributed, work_after(stage.name, run)
+    return train_stage(stage, run.folder, run.dtype, run.quiet, run.world, layout, later)
 
 
 def _save(
@@ -328,14 +382,6 @@ def _stored(run: Run, state: dict[str, Tensor]) -> dict[str, Tensor]:
         name: tensor.detach().cpu().to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
         for name, tensor in state.items()
     }
-
-
-def keep_given(run: Run) -> None:
-    """Take over the transformer and the CLIPs of --init-from byte for byte, where no stage has made others."""
-    for name in ("transformer", "clip", "judge"):
-        given = run.given(name)
-        if given is not None and name not in run.records():
-            _keep(run, name, given, run.out / name)
 
 
 def _keep(run: Run, stage: str, source: Path, folder: Path) -> None:

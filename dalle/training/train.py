@@ -8,6 +8,8 @@ OUT/run/checkpoints/STAGE/inputs.json  what an unfinished stage is being made fr
 
 import logging
 import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from filelock import FileLock, Timeout
 from dalle import files
 from dalle.config import differences
 from dalle.data.contents import MAX_DECODED, check_contents
+from dalle.data.pair import Pair
+from dalle.data.pairs import PairSet
 from dalle.data.reading import BadSampleLog
 from dalle.data.source import Source
 from dalle.generation.precision import has_native_bfloat16
@@ -32,7 +36,8 @@ from dalle.training.stages import (
     clip_stage,
     decoder_stage,
     dvae_stage,
-    keep_given,
+    keep_given_clips,
+    keep_given_transformer,
     refuse_misfit,
     tokenizer_stage,
     transformer_stage,
@@ -65,11 +70,43 @@ def train(
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown:
         raise ValueError(f"stage {unknown[0]!r} is unknown: choose from {', '.join(STAGES)}")
-    _refuse_unequal_parts(recipe, world)
+    refuse_unequal_parts(recipe, world)
     if init_from is not None:
         recipe, changed = with_given(recipe, init_from)
         if changed:
             logger.warning("settings that the given parts decide: %s", "; ".join(changed))
+    stages = _with_settings(recipe, stages)
+    with locked(out, world):
+        given = init_identity(init_from, out)
+        source = Source.of(data)
+        pairs, bad = read(source, out, world)
+        refuse_other_settings(out, identity(recipe, pairs, dtype, given), world)
+        learned, held_out = split(source, pairs)
+        run = Run(
+            out,
+            recipe,
+            source,
+            pairs,
+            learned,
+            held_out,
+            bad,
+            device,
+            dtype,
+            init_from,
+            quiet,
+            world,
+            stages,
+            base=init_from.name if init_from else None,
+        )
+        logger.info("%s: %s", source, epoch_line(learned, recipe.balance))
+        train_stages(run)
+        finish(run)
+    return out
+
+
+@contextmanager
+def locked(out: Path, world: World) -> Iterator[None]:
+    """Hold the lock of a run's folder; ValueError when another run holds it."""
     (out / "run").mkdir(parents=True, exist_ok=True)
     lock = FileLock(out / "run" / "lock")
     with world.main_first():
@@ -81,16 +118,12 @@ def train(
                 f"{out}: another run is training in this folder; wait for it, or choose another --out"
             ) from None
     try:
-        run = _prepare(Source.of(data), out, recipe, init_from, device, dtype, quiet, world)
-        stages = _with_settings(recipe, stages)
-        _warn_of_emulation(recipe, stages, device, dtype)
-        _train(run, stages)
-        return out
+        yield
     finally:
         lock.release()
 
 
-def _refuse_unequal_parts(recipe: Recipe, world: World) -> None:
+def refuse_unequal_parts(recipe: Recipe, world: World) -> None:
     """Every stage's micro-batch must fall into equal parts: said before the first stage begins."""
     for training in recipe.trainings.values():
         world.part(training.batch_size)
@@ -127,8 +160,10 @@ def _with_settings(recipe: Recipe, stages: tuple[str, ...]) -> tuple[str, ...]:
     return kept
 
 
-def _train(run: Run, stages: tuple[str, ...]) -> None:
+def train_stages(run: Run) -> None:
     """Run the stages in their order, each with what it needs of those before."""
+    stages = run.stages
+    _warn_of_emulation(run.recipe, stages, run.device, run.dtype)
     tokenizer, dvae = tokenizer_stage(run), None
     clip = run.recipe.clip_training if "clip" in stages else None
     if {"dvae", "decoder", "transformer"} & set(stages) or (clip is not None and clip.reconstructed > 0):
@@ -144,57 +179,64 @@ def _train(run: Run, stages: tuple[str, ...]) -> None:
         ):
             dvae = decoder_stage(run, stages)
     if "decoder" in stages and not {"transformer", "clip"} & set(stages):
-        keep_given(run)
+        keep_given_transformer(run)
     if "transformer" in stages and dvae is not None:
         transformer_stage(run, tokenizer, dvae)
     if clip is not None:
         clip_stage(run, tokenizer, dvae)
-    _finish(run)
 
 
-def _prepare(
-    data: Source,
-    out: Path,
-    recipe: Recipe,
-    init_from: Path | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    quiet: bool,
-    world: World,
-) -> Run:
-    begun = out / "run" / "config.json"
+def read(source: Source, out: Path, world: World) -> tuple[PairSet, BadSampleLog]:
+    """Read the captioned pictures that a run is made from, and open its list of bad samples, each process's own.
+
+    ValueError when too many are bad, or when the data are not those that the run in `out` was begun with.
+    """
+    is_begun = (out / "run" / "config.json").exists()
     with world.main_first():  # the others find the pictures hashed
-        found = data.read(exclude=(str(out),))
-        pairs = check_contents(found, out / "run" / "data.jsonl", must_match=begun.exists())
-    file = f"bad_samples-{world.rank}.jsonl" if world.rank else "bad_samples.jsonl"  # what each process meets
+        found = source.read(exclude=(str(out),))
+        pairs = check_contents(found, out / "run" / "data.jsonl", must_match=is_begun)
+    file = f"bad_samples-{world.rank}.jsonl" if world.rank else "bad_samples.jsonl"
     keys = {pair.key for pair in pairs} if len(found) > MAX_DECODED else set()  # else they are readable
     keys |= {sample.key for sample in pairs.bad}
-    bad = BadSampleLog(out / "run" / file, len(pairs) + len(pairs.bad), data.max_bad, keys)
+    bad = BadSampleLog(out / "run" / file, len(pairs) + len(pairs.bad), source.max_bad, keys)
     bad.add_all(pairs.bad)
-    pairs.require_mostly_good(data.max_bad)
+    pairs.require_mostly_good(source.max_bad)
     counts = ", ".join(f"{split} {count}" for split, count in sorted(pairs.counts.items()))
-    logger.info("%s: %d captioned pictures (%s); training uses split train", data, len(pairs), counts)
+    logger.info("%s: %d captioned pictures (%s); training uses split train", source, len(pairs), counts)
     for note in pairs.notes:
-        logger.info("%s: %s", data, note)
+        logger.info("%s: %s", source, note)
     if pairs.bad:
-        logger.warning("%s: %d bad samples are left out; see run/bad_samples.jsonl", data, len(pairs.bad))
+        logger.warning("%s: %d bad samples are left out; see run/bad_samples.jsonl", source, len(pairs.bad))
+    return pairs, bad
+
+
+def split(source: Source, pairs: PairSet) -> tuple[list[Pair], list[Pair]]:
+    """Return the pairs to learn from and those held out; ValueError when there are none of either."""
     learned = [pair for pair in pairs if pair.split == "train"]
     held_out = [pair for pair in pairs if pair.split == "validation"]
     held_out = held_out or [pair for pair in pairs if pair.split not in ("train", "excluded")]
     if not learned or not held_out:
+        counts = ", ".join(f"{split} {count}" for split, count in sorted(pairs.counts.items()))
         raise ValueError(
-            f"{data}: training needs pictures of split train and some held out; found {counts or 'none'}"
+            f"{source}: training needs pictures of split train and some held out; found {counts or 'none'}"
         )
-    config = {
+    return learned, held_out
+
+
+def identity(recipe: Recipe, pairs: PairSet, dtype: torch.dtype, given: dict[str, str]) -> dict[str, Any]:
+    """Return everything that decides a run's weights, for its config.json."""
+    return {
         "recipe": recipe.identity(),
         "data": pairs.fingerprint,
         "dtype": str(dtype).removeprefix("torch."),
-        "init_from": _init_identity(init_from, out),
+        "init_from": given,
     }
+
+
+def refuse_other_settings(out: Path, config: dict[str, Any], world: World) -> None:
+    """Note what a new run is made from; ValueError when the folder's was begun with anything else."""
     with world.main_first():
-        _refuse_other_settings(begun, config, out)
-    logger.info("%s: %s", data, epoch_line(learned, recipe.balance))
-    return Run(out, recipe, data, pairs, learned, held_out, bad, device, dtype, init_from, quiet, world)
+        _refuse_other_settings(out / "run" / "config.json", config, out)
 
 
 def _refuse_other_settings(path: Path, config: dict[str, Any], out: Path) -> None:
@@ -213,31 +255,33 @@ def _refuse_other_settings(path: Path, config: dict[str, Any], out: Path) -> Non
         files.write_json(path, config)
 
 
-def _init_identity(init_from: Path | None, out: Path) -> dict[str, str]:
+def init_identity(init_from: Path | None, out: Path, option: str = "--init-from") -> dict[str, str]:
     """The hashes of the components in `init_from`, so that a resume notices another one."""
     if init_from is None:
         return {}
     if not init_from.is_dir():
-        raise ValueError(f"--init-from {init_from}: no such folder")
+        raise ValueError(f"{option} {init_from}: no such folder")
     if init_from.resolve() == out.resolve():
         raise ValueError(
-            f"--init-from {init_from} is --out as well, and would be overwritten: choose another --out"
+            f"{option} {init_from} is --out as well, and would be overwritten: choose another --out"
         )
-    names = {stage: "tokenizer.json" if stage == "tokenizer" else "model.safetensors" for stage in STAGES}
+    names = {
+        name: "tokenizer.json" if name == "tokenizer" else "model.safetensors" for name in (*STAGES, "judge")
+    }
     found = {
         name: files.file_sha256(init_from / name / file)
         for name, file in names.items()
         if (init_from / name / file).is_file()
     }
     if not found:
-        raise ValueError(f"--init-from {init_from}: holds no tokenizer, dvae, transformer or clip folder")
+        raise ValueError(f"{option} {init_from}: holds no tokenizer, dvae, transformer or clip folder")
     return found
 
 
-def _finish(run: Run) -> None:
+def finish(run: Run, write: Callable[[Run], None] = write_card) -> None:
     """Write the card, model_index.json and, last, the manifest: the folder is a model from then on.
 
-    Without a transformer, a CLIP and its tokenizer are a ranker.
+    Without a transformer, a CLIP and its tokenizer are a ranker. Given CLIPs that were not trained are kept.
     """
     if not run.world.is_main:
         return
@@ -246,7 +290,8 @@ def _finish(run: Run) -> None:
     if "transformer" in done and run.recipe.decoder_training is not None and "decoder" not in done:
         logger.info("%s: the model is complete once stage decoder has run", run.out)
     elif "transformer" in done:
-        write_card(run.out, run.recipe, run.data.name, run.pairs, run.init_from)
+        keep_given_clips(run)
+        write(run)
         write_index(run.out, _defaults(run))
         logger.info("%s is a model now; next: dalle generate %s --model %s", run.out, caption, out)
     elif "clip" in done:

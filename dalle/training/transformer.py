@@ -127,6 +127,10 @@ class TransformerStage:
         figures = asdict(measure_losses(self.model, *self._held_out(self.validation_members), rows))
         return dict(zip(figures, self.world.means(list(figures.values())), strict=True))
 
+    def score(self, figures: dict[str, float]) -> float:
+        """The image loss, negated."""
+        return -figures["image_loss"]
+
     def sheet(self) -> Image:
         """One draw for each of some held-out captions, each below the reconstruction of its true picture."""
         text, image = self._held_out(self.sheet_members)

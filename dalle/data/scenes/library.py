@@ -85,13 +85,20 @@ def load(source: Source) -> CutOut:
     return cut_out(open_image(source.path), has_holes=source.holes)
 
 
-@functools.lru_cache(maxsize=1500)
+@functools.lru_cache(maxsize=2000)
 def picture_of(source: Source, color: str | None) -> Image.Image:
     """Return a drawing in its own colours, or in a colour word, as an RGBA cut-out cropped to its ink."""
+    unpainted, own = _unpainted(source)
+    if color in (None, own):
+        return unpainted
+    return to_image(paint(np.asarray(unpainted, dtype=np.float32) / np.float32(255), color))
+
+
+@functools.lru_cache(maxsize=2000)
+def _unpainted(source: Source) -> tuple[Image.Image, str | None]:
+    """Return a drawing as a cut-out, and the colour word that it shows by itself."""
     cut = load(source)
-    if color is not None and _colour_of(cut) != color:
-        cut = paint(cut, color)
-    return to_image(cut)
+    return to_image(cut), _colour_of(cut)
 
 
 @functools.cache

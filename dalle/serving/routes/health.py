@@ -6,7 +6,7 @@ from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, Response
 
-from dalle.serving.job import ServingError
+from dalle.serving.errors import ServingError
 from dalle.serving.state import State
 
 
@@ -22,7 +22,7 @@ def router(state: State) -> APIRouter:
     @routes.get("/ready")
     async def ready() -> Response:
         """The model is warm and requests are taken; 503 before that, and while the server stops."""
-        if not state.jobs.is_ready:
+        if not state.worker.is_ready:
             raise ServingError(
                 503, "the model is not warm yet", kind="server_error", code="not_ready", retry_after_s=1
             )
@@ -31,6 +31,6 @@ def router(state: State) -> APIRouter:
     @routes.get("/metrics")
     async def metrics() -> Response:
         """Prometheus' text format."""
-        return Response(state.jobs.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(state.queue.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     return routes

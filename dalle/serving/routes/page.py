@@ -11,7 +11,7 @@ from typing import Annotated
 from fastapi import APIRouter, Header
 from starlette.responses import Response
 
-from dalle.serving.job import ServingError
+from dalle.serving.errors import ServingError
 from dalle.serving.state import State
 
 TYPES = {

@@ -11,8 +11,8 @@ from starlette.concurrency import run_in_threadpool
 from dalle.config import Config, validate
 from dalle.generation.recipe import Recipe
 from dalle.images import read_recipe
+from dalle.serving.errors import ServingError, bad_request
 from dalle.serving.history import MAX_PAGE, History, Picture
-from dalle.serving.job import ServingError, bad_request
 from dalle.serving.state import State
 
 # A picture never changes under its id; `private`: it belongs to whoever has the key.

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from dalle.generation.recipe import Recipe
 from dalle.generation.request import ImageRequest
 from dalle.images import read_recipe
 from dalle.pipeline import DallePipeline
+from dalle.serving.errors import ServingError
 from dalle.serving.history import History
-from dalle.serving.job import Failed, Job, Queued, Row, ServingError, Settled, Started
-from dalle.serving.jobs import Jobs, Reservation, share_out
+from dalle.serving.job import Failed, Job, Queued, RowDrawn, Settled, Started
+from dalle.serving.queue import JobQueue, Reservation, share_out
 from dalle.serving.settings import Settings
+from dalle.serving.worker import Worker
 from tests.live import GatedPipeline, Recorder, gated_pipe
 from tests.tiny import GRID
 
@@ -41,24 +44,39 @@ def pipe(shared: GatedPipeline) -> Iterator[GatedPipeline]:
     shared.most_rows = 1000
 
 
+@dataclass
+class Jobs:
+    """A queue with its worker and history, as `create_app` makes them."""
+
+    queue: JobQueue
+    worker: Worker
+    history: History
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.queue, name)
+
+    def close(self) -> None:
+        self.worker.close()
+        self.history.close()
+
+
 def make_jobs(pipe: DallePipeline, folder: Path, **limits: Any) -> Jobs:
-    chosen = Settings.model_validate({"data_dir": folder} | limits)
-    return Jobs(pipe, History(folder), chosen)
+    history, queue = History(folder), JobQueue(Settings.model_validate({"data_dir": folder} | limits))
+    return Jobs(queue, Worker(pipe, history, queue), history)
 
 
 @pytest.fixture
 def jobs(pipe: GatedPipeline, tmp_path: Path) -> Iterator[Jobs]:
     """A running queue; batches of 8."""
     made = make_jobs(pipe, tmp_path, rows_per_batch=8)
-    made.start()
-    with made.changed:
-        assert made.changed.wait_for(lambda: made.is_ready, 30)
+    made.worker.start()
+    with made.queue.changed:
+        assert made.queue.changed.wait_for(lambda: made.worker.is_ready, 30)
     pipe.batches.clear()
     yield made
     pipe.gate.set()
     made.close()
-    assert (made.n_jobs, made.n_slots) == (0, 0)
-    made._worker.history.close()
+    assert (made.queue.n_jobs, made.queue.n_slots) == (0, 0)
 
 
 def submit(
@@ -155,10 +173,10 @@ class Queue(RuleBasedStateMachine):
 
     @rule()
     def draw_a_batch(self) -> None:
-        with self.jobs.changed:
-            parts = self.jobs._take()
-        assert sum(part.n for part in parts) <= 8
-        self.jobs._worker.draw(parts)
+        with self.jobs.queue.changed:
+            turns = self.jobs.queue.take()
+        assert sum(turn.n for turn in turns) <= 8
+        self.jobs.worker.draw(turns)
         self.live = {job_id: one for job_id, one in self.live.items() if not one[1].is_over.is_set()}
 
     @invariant()
@@ -177,7 +195,7 @@ class Queue(RuleBasedStateMachine):
         for one in self.held:
             one.release()
         assert (self.jobs.n_jobs, self.jobs.n_slots) == (0, 0)
-        self.jobs._worker.history.close()
+        self.jobs.history.close()
 
 
 def test_slots_add_up_whatever_happens_and_nothing_accepted_is_lost(
@@ -225,7 +243,7 @@ def test_a_mixed_batch_draws_what_each_request_alone_draws(jobs: Jobs, pipe: Gat
         for one, image, recipe in zip(pictures, twin.images, twin.recipes, strict=False):
             assert one.recipe["tokens_sha256"] == recipe["tokens_sha256"]
             assert one.image.tobytes() == image.tobytes()
-            stored = jobs._worker.history.png(one.picture_id)
+            stored = jobs.history.png(one.picture_id)
             assert stored == one.png and read_recipe(one.png) == one.recipe
     assert max(map(len, pipe.batches)) >= 3, "nothing was mixed"
 
@@ -260,7 +278,7 @@ def test_four_candidates_do_not_wait_for_the_last_of_many(jobs: Jobs, pipe: Gate
 def test_rows_are_shown_as_they_are_drawn_and_the_rest_is_grey(jobs: Jobs, pipe: GatedPipeline) -> None:
     _, recorder = submit(jobs, pipe, "a dog", 3)
     pictures = sorted(recorder.settled().pictures, key=lambda one: one.index)
-    rows = [event for event in recorder.events if isinstance(event, Row)]
+    rows = [event for event in recorder.events if isinstance(event, RowDrawn)]
     assert [event.row for event in rows] == [0, 1, 2, 3]
     assert [type(event) for event in recorder.events[:2]] == [Queued, Started]
     for event in rows:
@@ -362,7 +380,7 @@ def test_a_history_that_cannot_be_written_fails_the_job_and_not_the_worker(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(jobs._worker.history, "add", full)
+        patch.setattr(jobs.history, "add", full)
         assert submit(jobs, pipe)[1].failed().status == 500
     assert submit(jobs, pipe)[1].settled().pictures
 
@@ -384,19 +402,18 @@ def test_a_listener_that_raises_harms_nobody_else(jobs: Jobs, pipe: GatedPipelin
 
 def test_a_job_past_its_deadline_is_told_so(pipe: GatedPipeline, tmp_path: Path) -> None:
     jobs = make_jobs(pipe, tmp_path, deadline_s=1e-6)
-    jobs.start()
+    jobs.worker.start()
     error = submit(jobs, pipe)[1].failed()
     assert (error.status, error.code) == (503, "deadline_exceeded") and error.retry_after_s
     assert jobs.n_slots == 0
     jobs.close()
-    jobs._worker.history.close()
 
 
 def test_draining_ends_what_was_accepted_and_takes_nothing_more(jobs: Jobs, pipe: GatedPipeline) -> None:
     _, first = hold(jobs, pipe)
     _, second = submit(jobs, pipe, "a dog", 2)
     jobs.drain()
-    assert not jobs.is_ready
+    assert not jobs.worker.is_ready
     with pytest.raises(ServingError, match="shutting down") as caught:
         jobs.reserve(1)
     assert caught.value.status == 503 and caught.value.retry_after_s

@@ -1,4 +1,6 @@
-"""The queue in front of the one thread that owns the model: bounded, fair, and every slot given back once.
+"""The queue in front of the thread that owns the model: bounded, fair, and every slot given back once.
+
+It knows jobs and their slots, and neither a model nor a thread nor the history: see `dalle.serving.worker`.
 
 A request reserves slots, one for each candidate, before any work is done for it: what cannot be drawn soon is turned
 away at once. A batch takes a few candidates of every waiting job in turn, so that 512 candidates do not keep four
@@ -7,24 +9,19 @@ waiting; captions, options, seeds and known tokens of a batch are mixed as they 
 
 from __future__ import annotations
 
-import logging
 import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from dalle.generation.request import CaptionRequest
-from dalle.pipeline import DallePipeline
-from dalle.serving.history import History
-from dalle.serving.job import Failed, Job, Listener, Part, Queued, ServingError, Started
+from dalle.serving.errors import ServingError, shutting_down
+from dalle.serving.job import Failed, Job, Listener, Queued, Settled, Started, Turn
 from dalle.serving.metrics import Metrics
 from dalle.serving.settings import Settings
-from dalle.serving.worker import Worker
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -33,45 +30,55 @@ MAX_RETRY_AFTER_S = 60  # OpenAI's clients give up above two minutes
 START_RATE = 32.0  # candidates a second, until some have been timed
 
 
+class ModelCall(NamedTuple):
+    """Something that needs the model, and where its result goes."""
+
+    run: Callable[[], Any]
+    future: Future[Any]
+
+    def make(self) -> None:
+        """Run it, unless nobody waits any more; whoever does is given the result or the error."""
+        if not self.future.set_running_or_notify_cancel():
+            return
+        try:
+            self.future.set_result(self.run())
+        except BaseException as error:
+            self.future.set_exception(error)
+
+
 class Reservation:
     """Slots held for a request; given back once, whoever asks first."""
 
-    def __init__(self, jobs: Jobs, n_slots: int) -> None:
-        self._jobs, self.n_slots, self._is_held = jobs, n_slots, True
+    def __init__(self, queue: JobQueue, n_slots: int) -> None:
+        self._queue, self.n_slots, self._is_held = queue, n_slots, True
 
     def release(self) -> None:
         """Gives the slots back; a second time does nothing."""
-        with self._jobs.changed:
+        with self._queue.changed:
             if self._is_held:
                 self._is_held = False
-                self._jobs.give_back_(self.n_slots)
+                self._queue.give_back_(self.n_slots)
 
 
-class Jobs:
-    """The queue of one server and its worker.
+class JobQueue:
+    """The queue of one server.
 
     Args:
-        pipe: what draws; from `start` on, the worker's own.
-        history: where drawn pictures go.
         settings: the bounds.
         metrics: what is counted.
     """
 
-    def __init__(
-        self, pipe: DallePipeline, history: History, settings: Settings, metrics: Metrics | None = None
-    ) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics | None = None) -> None:
         self.settings = settings
         self.metrics = Metrics() if metrics is None else metrics
         self.changed = threading.Condition(threading.RLock())  # guards all below
-        self._queue = deque[Job]()  # with candidates that no batch has taken
+        self._waiting = deque[Job]()  # with candidates that no batch has taken
         self._jobs = dict[str, Job]()  # all that are not over
         self._reservations = dict[str, Reservation]()  # theirs
         self._n_reserved, self._n_slots = 0, 0  # of requests and jobs
-        self._errands = deque[tuple[Callable[[], Any], Future[Any]]]()
-        self._is_ready, self._is_draining, self._is_closed = False, False, False
+        self._calls = deque[ModelCall]()
+        self._is_draining, self._is_closed = False, False
         self._rate = START_RATE
-        self._worker = Worker(pipe, history, self)
-        self._thread = threading.Thread(target=self._work, name="dalle-worker", daemon=True)
         self.metrics.watch(
             lambda: sum(job.n_taken == 0 for job in [*self._jobs.values()]),
             lambda: sum(job.n_taken > 0 for job in [*self._jobs.values()]),
@@ -80,14 +87,15 @@ class Jobs:
 
     # --- The server's side ----------------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Starts the worker, which warms the model up first."""
-        self._thread.start()
+    @property
+    def is_open(self) -> bool:
+        """Say whether requests are taken."""
+        return not self._is_draining
 
     @property
-    def is_ready(self) -> bool:
-        """Whether the model is warm and requests are taken."""
-        return self._is_ready and not self._is_draining and self._thread.is_alive()
+    def n_waiting(self) -> int:
+        """Return how many jobs have candidates that no batch has taken."""
+        return len(self._waiting)
 
     @property
     def n_slots(self) -> int:
@@ -108,13 +116,7 @@ class Jobs:
         with self.changed:
             if self._is_draining:
                 self.metrics.rejected.labels("shutting_down").inc()
-                raise ServingError(
-                    503,
-                    "the server is shutting down: try again later",
-                    kind="server_error",
-                    code="server_shutting_down",
-                    retry_after_s=5,
-                )
+                raise shutting_down("the server is shutting down: try again later")
             is_full = self._n_reserved >= self.settings.max_queue
             if is_full or self._n_slots + n_slots > self.settings.max_slots:
                 self.metrics.rejected.labels("queue" if is_full else "slots").inc()
@@ -152,10 +154,10 @@ class Jobs:
             if self._is_closed:
                 reservation.release()
                 job.is_over = True
-                listener.tell(Failed(_shutting_down()))
+                listener.tell(Failed(_stopped()))
                 return job
             self._jobs[job.id], self._reservations[job.id] = job, reservation
-            self._queue.append(job)
+            self._waiting.append(job)
             self._tell_positions()
             self.changed.notify_all()
         return job
@@ -169,21 +171,21 @@ class Jobs:
             error = ServingError(400, "the job was cancelled", code="cancelled")
             return self.end(job, "cancelled", Failed(error))
 
-    def run(self, errand: Callable[[], T]) -> Future[T]:
-        """Runs something that needs the model, between two batches, on the thread that owns it."""
+    def run(self, call: Callable[[], T]) -> Future[T]:
+        """Queue something else that needs the model: it runs between two batches, on the thread that owns it."""
         future: Future[T] = Future()
         with self.changed:
             if self._is_closed:
-                future.set_exception(_shutting_down())
+                future.set_exception(_stopped())
             else:
-                self._errands.append((errand, future))
+                self._calls.append(ModelCall(call, future))
                 self.changed.notify_all()
         return future
 
-    def drain(self) -> None:
-        """Takes nothing more on; accepted jobs go on."""
+    def drain(self, is_draining: bool = True) -> None:
+        """Take nothing more on; accepted jobs go on. False opens the queue again."""
         with self.changed:
-            self._is_draining = True
+            self._is_draining = is_draining
             self.changed.notify_all()
 
     def stop(self) -> None:
@@ -191,17 +193,11 @@ class Jobs:
         with self.changed:
             self._is_draining = self._is_closed = True
             for job in [*self._jobs.values()]:
-                self.end(job, "failed", Failed(_shutting_down()))
-            for _, future in self._errands:
-                future.set_exception(_shutting_down())
-            self._errands.clear()
+                self.end(job, "failed", Failed(_stopped()))
+            for call in self._calls:
+                call.future.set_exception(_stopped())
+            self._calls.clear()
             self.changed.notify_all()
-
-    def close(self, timeout_s: float = 10.0) -> None:
-        """Stops, and waits for the worker."""
-        self.stop()
-        if self._thread.is_alive():
-            self._thread.join(timeout_s)
 
     def wait_idle(self, timeout_s: float) -> bool:
         """Waits until no request holds a slot; False when the time is over before."""
@@ -210,15 +206,15 @@ class Jobs:
 
     # --- The worker's side ----------------------------------------------------------------------------------
 
-    def end(self, job: Job, outcome: str, last: Any) -> bool:
+    def end(self, job: Job, outcome: str, last: Settled | Failed) -> bool:
         """Ends a job once, tells its client, frees its slots; False: it had ended before."""
         with self.changed:
             if job.is_over:
                 return False
             job.is_over = True
             del self._jobs[job.id]
-            if job in self._queue:
-                self._queue.remove(job)
+            if job in self._waiting:
+                self._waiting.remove(job)
             self.metrics.jobs.labels(outcome).inc()
             job.listener.tell(last)
             self._reservations.pop(job.id).release()
@@ -245,49 +241,35 @@ class Jobs:
         with self.changed:
             self._rate += 0.3 * (n_rows / max(seconds, 1e-3) - self._rate)
 
-    def _work(self) -> None:
-        self._worker.warm_up()
+    def wait(self) -> tuple[list[ModelCall], list[Turn]] | None:
+        """Wait for work: calls to make, then a batch to draw; None once the queue is closed."""
         with self.changed:
-            self._is_ready = True
-            self.changed.notify_all()
-        while True:
-            with self.changed:
-                self.changed.wait_for(lambda: self._errands or self._queue or self._is_closed)
-                if self._is_closed:
-                    return
-                self.expire()
-                errands = [*self._errands]
-                self._errands.clear()
-                parts = self._take()
-            for errand, future in errands:
-                _carry_out(errand, future)
-            try:
-                self._worker.draw(parts)
-            except (
-                Exception
-            ) as error:  # a mistake of ours, or of a listener's: this batch ends, the thread does not
-                logger.exception("a batch could not be drawn")
-                for part in parts:
-                    self._worker.fail(part.job, error)
+            self.changed.wait_for(lambda: self._calls or self._waiting or self._is_closed)
+            if self._is_closed:
+                return None
+            self.expire()
+            calls = [*self._calls]
+            self._calls.clear()
+            return calls, self.take()
 
-    def _take(self) -> list[Part]:
-        """The candidates of the next batch, and turns to whose turn is next."""
-        queue = [*self._queue]
+    def take(self) -> list[Turn]:
+        """Take the next batch and rotate the queue; called under the lock."""
+        queue = [*self._waiting]
         shares = share_out(self.settings.rows_per_batch, [job.n_waiting for job in queue])
-        parts = []
+        turns = []
         for job, n in zip(queue, shares, strict=True):
             if n:
                 if job.n_taken == 0:
                     job.listener.tell(Started())
-                parts.append(Part(job, job.n_taken, n))
+                turns.append(Turn(job, job.n_taken, n))
                 job.n_taken += n
         later = [job for job, n in zip(queue, shares, strict=True) if n and job.n_waiting]
-        self._queue = deque([job for job, n in zip(queue, shares, strict=True) if not n] + later)
+        self._waiting = deque([job for job, n in zip(queue, shares, strict=True) if not n] + later)
         self._tell_positions()
-        return sorted(parts, key=lambda part: part.n)  # equal numbers side by side share a matrix product
+        return sorted(turns, key=lambda turn: turn.n)  # equal numbers side by side share a matrix product
 
     def _tell_positions(self) -> None:
-        for position, job in enumerate(self._queue):
+        for position, job in enumerate(self._waiting):
             if job.n_taken == 0 and job.position != position:
                 job.position = position
                 job.listener.tell(Queued(position))
@@ -307,20 +289,5 @@ def share_out(capacity: int, wanted: Sequence[int]) -> list[int]:
     return shares
 
 
-def _carry_out(errand: Callable[[], Any], future: Future[Any]) -> None:
-    if not future.set_running_or_notify_cancel():
-        return
-    try:
-        future.set_result(errand())
-    except BaseException as error:  # whoever waits for it is told
-        future.set_exception(error)
-
-
-def _shutting_down() -> ServingError:
-    return ServingError(
-        503,
-        "the server is shutting down and could not finish: try again later",
-        kind="server_error",
-        code="server_shutting_down",
-        retry_after_s=5,
-    )
+def _stopped() -> ServingError:
+    return shutting_down("the server is shutting down and could not finish: try again later")

@@ -24,6 +24,7 @@ from starlette.responses import JSONResponse, Response
 from dalle.generation.request import ImageRequest
 from dalle.images import has_transparency, open_image, to_png
 from dalle.pipeline import DallePipeline
+from dalle.serving.errors import ServingError, bad_request
 from dalle.serving.files import PREFIX, Format, Look, SignedFiles
 from dalle.serving.intake import (
     accept,
@@ -34,18 +35,9 @@ from dalle.serving.intake import (
     usual_candidates,
     within,
 )
-from dalle.serving.job import (
-    Drawn,
-    Event,
-    Failed,
-    Job,
-    Row,
-    ServingError,
-    Settled,
-    bad_request,
-)
+from dalle.serving.job import Drawn, Event, Failed, Job, RowDrawn, Settled
 from dalle.serving.mailbox import EventStream, Mailbox, outcome
-from dalle.serving.schema import EditBody, GenerationBody, OpenAIImageBody, check, told
+from dalle.serving.schema import EditBody, GenerationBody, OpenAIImageBody, as_error, check
 from dalle.serving.state import State
 
 # Candidates drawn for each request, of which CLIP keeps the best n; more of them is what quality means here.
@@ -275,7 +267,7 @@ async def read_edit(form: FormData) -> tuple[EditBody, bytes, bytes | None]:
     try:
         wanted = EditBody.model_validate(tree, strict=False)  # a form holds nothing but text
     except ValidationError as error:
-        raise told(error) from None
+        raise as_error(error) from None
     return wanted, uploads["image"], uploads.get("mask")
 
 
@@ -293,8 +285,8 @@ async def answer(
     headers = {"x-dalle-job": job.id, "x-dalle-truncated": str(job.request.truncation is not None).lower()}
     writer = Writer(state, files, order, job, str(http.base_url).rstrip("/"))
     if order.is_stream:
-        return EventStream(state.jobs, job, mailbox, writer.write, headers)
-    event = await outcome(mailbox, http.receive, state.jobs, job)
+        return EventStream(state.queue, job, mailbox, writer.write, headers)
+    event = await outcome(mailbox, http.receive, state.queue, job)
     if event is None:  # nobody is there to read this
         return Response(status_code=400)
     if isinstance(event, Failed):
@@ -336,7 +328,7 @@ class Writer:
         """Name and JSON of the stream events of a job's event."""
         created, facts = {"created_at": int(time.time())}, self._order.facts
         match event:
-            case Row(_, 0, images) if self._n_partial < self._order.n_partial:
+            case RowDrawn(_, 0, images) if self._n_partial < self._order.n_partial:
                 name, index = f"{self._order.event}.partial_image", self._n_partial
                 self._n_partial += 1
                 data = base64.b64encode(encode(images[0], None, self._order.look)).decode("ascii")

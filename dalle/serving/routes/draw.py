@@ -17,20 +17,14 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from dalle import __version__
+from dalle.evaluation.microscope import masks
 from dalle.generation.fields import FIELDS
 from dalle.generation.request import ImageRequest
 from dalle.images import grid
-from dalle.serving.intake import (
-    accept,
-    count_candidates,
-    decode_base64,
-    read_json,
-    read_mask,
-    read_picture,
-)
-from dalle.serving.job import Event, Failed, Job, Queued, Row, ServingError, Settled, Started
+from dalle.serving.errors import ServingError
+from dalle.serving.intake import accept, count_candidates, decode_base64, read_json, read_mask, read_picture
+from dalle.serving.job import Event, Failed, Job, Queued, RowDrawn, Settled, Started
 from dalle.serving.mailbox import EventStream, Mailbox
-from dalle.serving.microscope import masks
 from dalle.serving.schema import DrawBody, check
 from dalle.serving.state import State
 
@@ -64,11 +58,11 @@ def router(state: State) -> APIRouter:
         mailbox = Mailbox()
         job = await accept(state, n, mailbox, lambda: read(state, wanted, n), NAMES, keeps_candidates=True)
         writer = Writer(state, job)
-        return EventStream(state.jobs, job, mailbox, writer.write, {"x-dalle-job": job.id})
+        return EventStream(state.queue, job, mailbox, writer.write, {"x-dalle-job": job.id})
 
     @routes.delete("/jobs/{job}")
     def cancel(job: str) -> Response:
-        if not state.jobs.cancel(job):
+        if not state.queue.cancel(job):
             raise ServingError(404, "there is no such job, or it has ended", code="not_found", param="job")
         return JSONResponse({"cancelled": True})
 
@@ -133,7 +127,7 @@ class Writer:
                 yield "queued", {"job": self._job.id, "position": position}
             case Started():
                 yield "started", self._started()
-            case Row(row, first, images):
+            case RowDrawn(row, first, images):
                 yield "row", {"row": row, "n_rows": self._grid, "first": first} | sheet(images)
             case Settled():
                 yield "settled", self._settled(event)

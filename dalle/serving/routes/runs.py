@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Response
 
 from dalle.serving.diagnosis import diagnose
-from dalle.serving.job import ServingError
+from dalle.serving.errors import ServingError
 from dalle.serving.state import State
 from dalle.serving.watch import MAX_STEP, SHEETS, Look, Run, Runs, StageState
 
