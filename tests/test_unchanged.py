@@ -4,6 +4,7 @@ They stay while files are moved. Sums round by the processor, so those of floats
 """
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,20 @@ def files_of(folder: Path, pattern: str = "*") -> str:
     )
 
 
+def name_splits(folder: Path) -> None:
+    """Write a table with the splits that the run was taken with: of file names the smallest hashes were held out."""
+    names = sorted(path.name for path in folder.glob("*.png"))
+    held_out = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())[: len(names) // 4]
+    rows = []
+    for name in names:
+        caption = folder / name.replace(".png", ".txt")
+        split = "validation" if name in held_out else "train"
+        rows.append({"file_name": name, "text": caption.read_text(encoding="utf-8"), "split": split})
+        caption.unlink()
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "metadata.jsonl").write_text(lines, encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
 def tiny() -> DallePipeline:
     tokenizer = tiny_tokenizer(CAPTIONS)
@@ -101,6 +116,7 @@ def test_a_saved_model_has_the_same_bytes(
 )
 def test_a_tiny_run_trains_the_same_weights(tmp_path: Path) -> None:
     data = write_shapes(tmp_path / "data", 16, seed=0)
+    name_splits(data)
     recipe = validate(Recipe, override(load_preset("tiny"), RUN), "tiny")
     before = torch.get_num_threads()
     torch.set_num_threads(1)

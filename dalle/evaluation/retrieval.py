@@ -25,8 +25,8 @@ from dalle.pipeline import DallePipeline
 
 STYLE, STYLE_AND_OBJECT = "style", "style_and_object"
 GALLERIES: dict[str, Callable[[Galleries, int], list[int]]] = {
-    STYLE: Galleries.of_style,
-    STYLE_AND_OBJECT: Galleries.of_style_and_object,
+    STYLE: lambda galleries, row: galleries.of_style(row),
+    STYLE_AND_OBJECT: lambda galleries, row: galleries.of_style_and_object(row),
 }
 COPYING = (RANDOM, MEAN, DONOR)
 MIN_BY_STYLE = 5  # rows of a style below which it is not listed
