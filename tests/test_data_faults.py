@@ -316,3 +316,29 @@ def test_pictures_beside_a_table_that_lists_others_are_noted(tmp_path: Path) -> 
     pairs = read_pairs(tmp_path)
     assert len(pairs) == 1 and pairs.bad == []
     assert pairs.notes == ("2 pictures are in no table and have no caption file: not read",)
+
+
+def test_a_parquet_table_of_names_need_not_be_called_metadata(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    paint(tmp_path / "a.jpg")
+    table = pyarrow.table({"image": ["a.jpg"], "caption": ["a thing"]})
+    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "labels.parquet")
+    (pair,) = read_pairs(tmp_path)
+    assert (pair.key, pair.captions) == ("a.jpg", ("a thing",))
+
+
+def test_archives_and_the_programs_own_draws_are_noted_and_not_read(tmp_path: Path) -> None:
+    write_pairs(tmp_path, 3)
+    (tmp_path / "pictures.zip").write_bytes(b"PK")
+    images.save_png(
+        Image.new("RGB", (8, 8)), tmp_path / "out" / "000_7.png", {"caption": "a draw", "seed": 7}
+    )
+    images.save_png(Image.new("RGB", (8, 8)), tmp_path / "out" / "grid.png", None)
+    pairs = read_pairs(tmp_path)
+    assert len(pairs) == 3 and pairs.bad == []
+    assert pairs.notes == (
+        "pictures.zip is an archive: not read; unpack it if it holds pictures",
+        "2 pictures were written by dalle and have no caption file: not read",
+    )
+    (tmp_path / "out" / "000_7.txt").write_text("a draw that is to be learned")
+    assert len(read_pairs(tmp_path)) == 4

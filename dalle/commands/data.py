@@ -22,21 +22,29 @@ def inspect(
     """Print counts, splits and why, picture sizes, caption lengths, problems, and whether train takes the data."""
     log_to_stderr(as_json)
     from dalle.data.inspect import inspect as look
-    from dalle.evaluation.protocols import psnr_of_pairs
-    from dalle.pipeline import DallePipeline
+    from dalle.dvae import DiscreteVAE
+    from dalle.model_folder import model_folder
+    from dalle.training.finetune import measured_psnr, own_psnr
 
     pairs = source.read()
     found = look(pairs, max_bad=source.max_bad)
-    psnr = None
+    figures: dict[str, float | None] = {}
     if model is not None:
-        pipe = DallePipeline.from_pretrained(None if model == "bundled" else model)
-        psnr = psnr_of_pairs(pipe.dvae, pairs)
+        base = model_folder(None if model == "bundled" else model)
+        held_out = [pair for pair in pairs if pair.split not in ("train", "excluded")]
+        psnr = measured_psnr(
+            DiscreteVAE.from_pretrained(base / "dvae"), pairs.of_split("train").pairs, held_out
+        )
+        figures = {"psnr": psnr, "own_psnr": own_psnr(base)}
     if as_json:
-        print_json(found.to_json() | ({} if psnr is None else {"psnr": psnr}))
+        print_json(found.to_json() | figures)
         return
     print("\n".join(found.lines()))
-    if psnr is not None:
-        print(f"dVAE      PSNR of your pictures through this dVAE: {psnr:.1f} dB")
+    if figures:
+        own = "not recorded" if figures["own_psnr"] is None else f"{figures['own_psnr']:.1f}"
+        print(
+            f"dVAE      PSNR of your pictures through this dVAE: {figures['psnr']:.1f} dB ({own} on its own)"
+        )
 
 
 @takes_data

@@ -18,6 +18,7 @@ from dalle.data.places import Files, normal
 from dalle.data.samples import CAPTION_COLUMNS, ReadOptions, Samples, has_suffix
 
 PICTURE_TABLES = (".parquet", ".arrow")
+ARCHIVES = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 LOOKED_FOR = (
     "looked for metadata.jsonl, .csv, .tsv or .parquet and other tables with a picture and a caption column (file_name "
     f"and one of {', '.join(CAPTION_COLUMNS)}), *.tar shards (x.jpg with x.txt, x.caption or x.json), *.parquet tables "
@@ -83,6 +84,8 @@ def _samples_of_folder(files: Files, options: ReadOptions) -> Samples:
     trees = ((name, coco.coco_tree(files, name)) for name in coco.coco_sources(files))
     annotated = [(name, tree) for name, tree in trees if tree is not None]
 
+    archives = [name for name in files.sizes if has_suffix(name, ARCHIVES)]
+    files.notes += [f"{name} is an archive: not read; unpack it if it holds pictures" for name in archives]
     listed: set[str] = set()
     referring = chain(
         *(tables.read_table(files, name, options) for name in named),
@@ -106,7 +109,7 @@ def _is_metadata(name: str) -> bool:
 
 
 def _is_other_table(files: Files, name: str, options: ReadOptions) -> bool:
-    is_table = has_suffix(name, tables.TEXT_SUFFIXES) and not _is_metadata(name)
+    is_table = has_suffix(name, tables.SUFFIXES) and not _is_metadata(name)
     return is_table and tables.is_data_table(files, name, options)
 
 

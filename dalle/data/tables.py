@@ -12,7 +12,7 @@ from typing import Any
 from dalle.data import places
 from dalle.data.pair import BadSample, Pair, Rejected
 from dalle.data.places import Files, normal
-from dalle.data.row_groups import open_parquet
+from dalle.data.row_groups import open_parquet, picture_column
 from dalle.data.samples import (
     CAPTION_COLUMNS,
     NOT_UTF8,
@@ -29,8 +29,7 @@ from dalle.data.samples import (
     printable,
 )
 
-TEXT_SUFFIXES = (".jsonl", ".csv", ".tsv")
-SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
+SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 DELIMITERS = (",", "\t", ";")
 LIST_COLUMNS = ("captions", "sentences_raw", "sentences")  # whose cells hold lists where they look like one
 PICTURE_FOLDERS = (
@@ -73,6 +72,10 @@ def read_table(files: Files, label: str, options: ReadOptions) -> Samples:
 def is_data_table(files: Files, label: str, options: ReadOptions) -> bool:
     """Whether a table with a name of its own holds pairs: it has both columns, and a picture of its first rows is there."""
     try:
+        if label.lower().endswith(".parquet"):
+            with open_parquet(files.path(label)) as file:
+                if picture_column(file.schema_arrow, options.image_column) is not None:
+                    return False  # it holds the pictures themselves
         for _, record in islice(_records(files, label, options), N_TRIED):
             if not isinstance(record, BadSample):
                 name = _pop_picture(record, options)

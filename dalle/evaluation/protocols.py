@@ -15,9 +15,7 @@ from torch import Tensor
 
 from dalle import images
 from dalle.data.pair import Pair
-from dalle.data.pairs import PairSet
 from dalle.evaluation.metrics import Reconstruction
-from dalle.evaluation.pictures import PictureReader
 from dalle.image_tokenizer import ImageTokenizer
 from dalle.pipeline import DallePipeline
 from dalle.token_model import TokenModel
@@ -25,7 +23,6 @@ from dalle.tokenizer import Tokenizer
 
 BATCH = 64  # captions scored and rows drawn at once
 DVAE_BATCH = 16  # pictures in the dVAE at once: its full-resolution activations are what fills memory
-MAX_PSNR_PICTURES = 512  # that `psnr_of_pairs` measures
 
 Advance = Callable[[int], None]  # called with the number of pictures just done
 
@@ -62,23 +59,6 @@ def measure_reconstruction(dvae: ImageTokenizer, batches: Iterable[Tensor]) -> t
         sums.add_(pictures, copies, tokens)
         found.append(tokens)
     return sums, torch.cat(found)
-
-
-def psnr_of_pairs(dvae: ImageTokenizer, pairs: PairSet) -> float:
-    """PSNR in dB of the held-out pictures after a dVAE, hard tokens, error pooled; of up to 512 of them.
-
-    Raises ValueError when none can be read.
-    """
-    held_out = [pair for pair in pairs if pair.split not in ("train", "excluded")] or list(pairs)
-    step = -(-len(held_out) // MAX_PSNR_PICTURES)
-    reader = PictureReader(dvae.image_size)
-    batches = (pictures for _, pictures in reader.batches(held_out[::step]))
-    psnr = measure_reconstruction(dvae, batches)[0].seen.psnr
-    if psnr is None:
-        raise ValueError(
-            f"no held-out picture can be read, the first because: {next(iter(reader.unreadable.values()))}"
-        )
-    return psnr
 
 
 # ---- transformer ---------------------------------------------------------------------------------

@@ -16,17 +16,18 @@ from typing import Any, Self
 import torch
 from pydantic import model_validator
 
-from dalle import files, images, weights
+from dalle import files, weights
 from dalle.config import differences, override, validate
+from dalle.data.pair import Pair
 from dalle.data.source import Source
 from dalle.dvae import DiscreteVAE
+from dalle.evaluation.pictures import PictureReader
 from dalle.evaluation.protocols import measure_reconstruction
 from dalle.evaluation.sheets import spread
 from dalle.manifest import VerifiedFolder
 from dalle.model_folder import COMPONENTS, read_index
 from dalle.training import train
 from dalle.training.finetune_report import report, validations
-from dalle.training.pictures import load_all
 from dalle.training.processes import ALONE, World
 from dalle.training.recipe import CLIPShape, Recipe, TransformerShape
 from dalle.training.run import CONTINUED, Run
@@ -96,7 +97,7 @@ class FinetuneRecipe(Recipe):
 
 
 def finetune(
-    data: str | Source,
+    data: str | Path | Source,
     out: Path,
     base: Path,
     *,
@@ -126,7 +127,7 @@ def finetune(
         before = files.read_json(begun).get("finetune") if begun.is_file() else None
         if before is None:
             dvae = DiscreteVAE.from_pretrained(base / "dvae").to(device)
-            psnr = measured_psnr(dvae, [*held_out, *spread(learned, N_MEASURED)][:N_MEASURED], bad)
+            psnr = measured_psnr(dvae, learned, held_out)
             before = {"base": name, "psnr": psnr, "own_psnr": own_psnr(base)}
         config = train.identity(recipe, pairs, dtype, given) | {"finetune": before}
         train.refuse_other_settings(out, config, world)
@@ -238,12 +239,16 @@ def _stored_dtype(base: Path) -> str:
 # --- does the dVAE show these pictures? ---
 
 
-def measured_psnr(dvae: DiscreteVAE, pairs: Sequence[Any], bad: Any) -> float:
-    """PSNR in dB of pictures after the dVAE, hard tokens, error pooled; unreadable ones go to the list `bad`."""
-    size = dvae.config.output_size
-    _, pictures = load_all(list(pairs), lambda pair: images.center_crop(pair.open(), size), bad)
-    psnr = measure_reconstruction(dvae, torch.split(pictures, BATCH))[0].seen.psnr
-    assert psnr is not None  # there are pictures
+def measured_psnr(dvae: DiscreteVAE, learned: Sequence[Pair], held_out: Sequence[Pair]) -> float:
+    """PSNR in dB of pictures after the dVAE, hard tokens, error pooled: the held-out ones first; ValueError when none."""
+    chosen = [*held_out, *spread(learned, N_MEASURED)][:N_MEASURED]
+    reader = PictureReader(dvae.config.output_size)
+    batches = (pictures for _, pictures in reader.batches(chosen))
+    psnr = measure_reconstruction(dvae, batches)[0].seen.psnr
+    if psnr is None:
+        raise ValueError(
+            f"no picture can be read, the first because: {next(iter(reader.unreadable.values()))}"
+        )
     return round(psnr, 2)
 
 

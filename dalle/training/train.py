@@ -186,30 +186,31 @@ def train_stages(run: Run) -> None:
         clip_stage(run, tokenizer, dvae)
 
 
-def read(data: Source, out: Path, world: World) -> tuple[PairSet, BadSampleLog]:
-    """Read and hash the captioned pictures that a run is made from, and open the list of the bad ones.
+def read(source: Source, out: Path, world: World) -> tuple[PairSet, BadSampleLog]:
+    """Read the captioned pictures that a run is made from, and open its list of bad samples, each process's own.
 
-    Each process has a list of its own; those skipped on reading are in it. Raises ValueError when too many are bad, or
-    when the run in `out` was begun with other contents.
+    ValueError when too many are bad, or when the data are not those that the run in `out` was begun with.
     """
-    begun = out / "run" / "config.json"
+    is_begun = (out / "run" / "config.json").exists()
     with world.main_first():  # the others find the pictures hashed
-        found = data.read(exclude=(str(out),))
-        pairs = check_contents(found, out / "run" / "data.jsonl", must_match=begun.exists())
-    file = f"bad_samples-{world.rank}.jsonl" if world.rank else "bad_samples.jsonl"  # what each process meets
+        found = source.read(exclude=(str(out),))
+        pairs = check_contents(found, out / "run" / "data.jsonl", must_match=is_begun)
+    file = f"bad_samples-{world.rank}.jsonl" if world.rank else "bad_samples.jsonl"
     keys = {pair.key for pair in pairs} if len(found) > MAX_DECODED else set()  # else they are readable
     keys |= {sample.key for sample in pairs.bad}
-    bad = BadSampleLog(out / "run" / file, len(pairs) + len(pairs.bad), data.max_bad, keys)
+    bad = BadSampleLog(out / "run" / file, len(pairs) + len(pairs.bad), source.max_bad, keys)
     bad.add_all(pairs.bad)
-    pairs.require_mostly_good(data.max_bad)
+    pairs.require_mostly_good(source.max_bad)
     counts = ", ".join(f"{split} {count}" for split, count in sorted(pairs.counts.items()))
-    logger.info("%s: %d captioned pictures (%s); training uses split train", data, len(pairs), counts)
+    logger.info("%s: %d captioned pictures (%s); training uses split train", source, len(pairs), counts)
+    for note in pairs.notes:
+        logger.info("%s: %s", source, note)
     if pairs.bad:
-        logger.warning("%s: %d bad samples are left out; see run/bad_samples.jsonl", data, len(pairs.bad))
+        logger.warning("%s: %d bad samples are left out; see run/bad_samples.jsonl", source, len(pairs.bad))
     return pairs, bad
 
 
-def split(data: Source, pairs: PairSet) -> tuple[list[Pair], list[Pair]]:
+def split(source: Source, pairs: PairSet) -> tuple[list[Pair], list[Pair]]:
     """Return the pairs to learn from and those held out; ValueError when there are none of either."""
     learned = [pair for pair in pairs if pair.split == "train"]
     held_out = [pair for pair in pairs if pair.split == "validation"]
@@ -217,7 +218,7 @@ def split(data: Source, pairs: PairSet) -> tuple[list[Pair], list[Pair]]:
     if not learned or not held_out:
         counts = ", ".join(f"{split} {count}" for split, count in sorted(pairs.counts.items()))
         raise ValueError(
-            f"{data}: training needs pictures of split train and some held out; found {counts or 'none'}"
+            f"{source}: training needs pictures of split train and some held out; found {counts or 'none'}"
         )
     return learned, held_out
 
