@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from dalle.generation.fields import FIELDS
+from dalle.generation.request import ModelDefaults
 from dalle.images import open_image, read_recipe
 from tests.live import Live, gated_pipe, live_server, parse_events
 from tests.tiny import LARGE
@@ -211,3 +213,24 @@ def test_a_decoder_that_draws_more_pixels_is_shown_at_its_size(tmp_path: Any) ->
         status, _, answer = large.request("POST", "/v1/images/generations", order)
     assert status == 200 and json.loads(answer)["size"] == "64x64"
     assert token[0] == 200 and open_image(token[2]).size == (16, 16)
+
+
+def test_a_models_own_number_of_candidates_is_drawn_where_a_request_leaves_it_open(tmp_path: Any) -> None:
+    pipe = gated_pipe()
+    pipe.sampler.defaults = ModelDefaults(candidates=5)
+    with live_server(tmp_path, pipe) as choosing:
+        events = dict(choosing.events({"prompt": "a dog", "num_images": 2}))
+        assert events["started"]["n_candidates"] == 5 and events["settled"]["kept"] == 2
+        events = dict(choosing.events({"prompt": "a dog", "num_images": 2, "num_candidates": 3}))
+        assert events["started"]["n_candidates"] == 3
+        for fields, n in (({}, 5), ({"quality": "auto"}, 5), ({"quality": "low"}, 2), ({"n": 6}, 6)):
+            body = {"prompt": "a dog", "n": 2} | fields
+            status, _, text = choosing.request("POST", "/v1/images/generations", body)
+            assert status == 200 and json.loads(text)["usage"]["output_tokens"] == n * 16
+        assert json.loads(choosing.request("GET", "/api/info")[2])["defaults"]["candidates"] == 5
+
+
+def test_the_page_is_told_ranges_and_meanings_of_all_fields(live: Live) -> None:
+    fields = json.loads(live.request("GET", "/api/info")[2])["fields"]
+    assert {"num_images", "num_candidates", "seed", "temperature", "top_k", "top_p", "guidance"} <= {*fields}
+    assert fields["temperature"] == FIELDS["temperature"]._asdict()
