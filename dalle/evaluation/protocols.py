@@ -71,7 +71,7 @@ def psnr_of_pairs(dvae: ImageTokenizer, pairs: PairSet) -> float:
     """
     held_out = [pair for pair in pairs if pair.split not in ("train", "excluded")] or list(pairs)
     step = -(-len(held_out) // MAX_PSNR_PICTURES)
-    reader = PictureReader(dvae.image_size)
+    reader = PictureReader(dvae.output_size)
     batches = (pictures for _, pictures in reader.batches(held_out[::step]))
     psnr = measure_reconstruction(dvae, batches)[0].seen.psnr
     if psnr is None:

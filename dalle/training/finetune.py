@@ -16,29 +16,25 @@ from typing import Any, Self
 import torch
 from pydantic import model_validator
 
-from dalle import files, images, weights
+from dalle import files, weights
 from dalle.config import differences, override, validate
 from dalle.data.source import Source
 from dalle.dvae import DiscreteVAE
-from dalle.evaluation.protocols import measure_reconstruction
-from dalle.evaluation.sheets import spread
+from dalle.evaluation.protocols import psnr_of_pairs
 from dalle.manifest import VerifiedFolder
 from dalle.model_folder import COMPONENTS, read_index
 from dalle.training import train
 from dalle.training.finetune_report import report, validations
-from dalle.training.pictures import load_all
 from dalle.training.processes import ALONE, World
 from dalle.training.recipe import CLIPShape, Recipe, TransformerShape
 from dalle.training.run import CONTINUED, Run
 
 logger = logging.getLogger(__name__)
-N_MEASURED = 256  # pictures, the held-out ones first
 WORTH_DB = 0.5  # a dVAE that shows the pictures worse than its own by more than this is trained on
-BATCH = 32
 
 # Of each stage the passes over the pictures: at most, with few; fewer where that would be more than so many pictures.
 MAX_PICTURES, MIN_EPOCHS = 40_000, 4
-N_VALIDATIONS = 20  # spread over a stage; it ends after `patience` of them without a better one
+N_VALIDATIONS = 40  # spread over a stage; it ends after `patience` of them without a better one
 WARM_UP = 0.05  # of a stage's updates
 CLIP_BATCH = 128  # pictures at most
 
@@ -51,7 +47,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "weight_decay": 1e-4,
         "clip_norm": 1.0,
         "average_decay": 0.998,
-        "patience": 5,
+        "patience": 10,
         "crop": "near",
     },
     "transformer_training": {
@@ -63,7 +59,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "weight_decay": 4.5e-2,
         "clip_norm": 1.0,
         "average_decay": 0.998,
-        "patience": 5,
+        "patience": 10,
         "crop": "center",
         "n_encodings": 8,
         "dropout": 0.1,
@@ -79,7 +75,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "weight_decay": 0.2,
         "clip_norm": 1.0,
         "average_decay": 0.998,
-        "patience": 5,
+        "patience": 10,
         "crop": "near",
         "bpe_dropout": 0.1,
         "reconstructed": 0.5,
@@ -126,8 +122,7 @@ def finetune(
         before = files.read_json(begun).get("finetune") if begun.is_file() else None
         if before is None:
             dvae = DiscreteVAE.from_pretrained(base / "dvae").to(device)
-            psnr = measured_psnr(dvae, [*held_out, *spread(learned, N_MEASURED)][:N_MEASURED], bad)
-            before = {"base": name, "psnr": psnr, "own_psnr": own_psnr(base)}
+            before = {"base": name, "psnr": round(psnr_of_pairs(dvae, pairs), 2), "own_psnr": own_psnr(base)}
         config = train.identity(recipe, pairs, dtype, given) | {"finetune": before}
         train.refuse_other_settings(out, config, world)
         continued = CONTINUED | ({"dvae"} if _pays(before["psnr"], before["own_psnr"]) else set())
@@ -199,8 +194,8 @@ def _with_length(table: Mapping[str, Any], n_train: int, stage: str) -> dict[str
     every = max(1, round(steps / N_VALIDATIONS))
     found.setdefault("warmup_steps", min(max(1, round(WARM_UP * steps)), steps - 1))
     found.setdefault("validate_every", every)
-    found.setdefault("checkpoint_every", every)
-    found.setdefault("sheet_every", 5 * every)
+    found.setdefault("checkpoint_every", 2 * every)
+    found.setdefault("sheet_every", 10 * every)
     return found
 
 
@@ -236,15 +231,6 @@ def _stored_dtype(base: Path) -> str:
 
 
 # --- does the dVAE show these pictures? ---
-
-
-def measured_psnr(dvae: DiscreteVAE, pairs: Sequence[Any], bad: Any) -> float:
-    """PSNR in dB of pictures after the dVAE, hard tokens, error pooled; unreadable ones go to the list `bad`."""
-    size = dvae.config.output_size
-    _, pictures = load_all(list(pairs), lambda pair: images.center_crop(pair.open(), size), bad)
-    psnr = measure_reconstruction(dvae, torch.split(pictures, BATCH))[0].seen.psnr
-    assert psnr is not None  # there are pictures
-    return round(psnr, 2)
 
 
 def own_psnr(base: Path) -> float | None:
