@@ -253,7 +253,7 @@ def test_lengths_are_epochs_and_warm_up_and_validations_follow_them(base: Path) 
     recipe = recipe_for(base, 160, ["transformer_training.epochs=30"])
     training = recipe.transformer_training
     assert training.steps == 30 * 160 / training.batch_size == 75
-    assert (training.warmup_steps, training.validate_every, training.checkpoint_every) == (4, 4, 4)
+    assert (training.warmup_steps, training.validate_every, training.checkpoint_every) == (4, 2, 4)
     assert recipe_for(base, 20).dvae_training.steps == round(
         DEFAULTS["dvae_training"]["epochs"] * 20 / recipe.dvae_training.batch_size
     )

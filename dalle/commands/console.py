@@ -6,7 +6,8 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated
@@ -78,6 +79,25 @@ def training_dtype(name: str, device: torch.device) -> torch.dtype:
     if dtype == torch.int8:
         raise ValueError("dtype int8 is for drawing only: use auto, float32 or bfloat16")
     return dtype
+
+
+@contextmanager
+def trained_on(device: str | None) -> Iterator[tuple[World, torch.device]]:
+    """Join the launcher's processes to train on a device; a stop by a signal ends with one line and its exit code."""
+    from dalle.training.loop import Stopped
+    from dalle.training.memory import keep_freed_memory
+    from dalle.training.processes import joined
+
+    world, place = launched(device)
+    if place.type == "cpu":
+        keep_freed_memory()
+    try:
+        with joined(world, place):
+            yield world, place
+    except Stopped as stop:
+        if world.is_main:
+            say(f"dalle: {stop}")
+        raise typer.Exit(128 + stop.signal_number) from None
 
 
 def print_json(value: object) -> None:

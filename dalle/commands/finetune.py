@@ -1,12 +1,19 @@
 """The command finetune: a finished model goes on learning from pictures of your own."""
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from dalle.commands.console import Device, Dtype, Json, launched, log_to_stderr, print_folder, training_dtype
+from dalle.commands.console import (
+    Device,
+    Dtype,
+    Json,
+    log_to_stderr,
+    print_folder,
+    trained_on,
+    training_dtype,
+)
 from dalle.commands.data_options import takes_data
 
 
@@ -33,32 +40,21 @@ def finetune(
     log_to_stderr(quiet)
     from dalle.model_folder import model_folder
     from dalle.training.finetune import finetune as run
-    from dalle.training.loop import Stopped
-    from dalle.training.memory import keep_freed_memory
-    from dalle.training.processes import joined
 
-    world, place = launched(device)
-    if place.type == "cpu":
-        keep_freed_memory()
     given = None if start == "bundled" else start
     base = model_folder(given)
     name = "bundled" if given is None else base.resolve().name if Path(given).is_dir() else given
-    try:
-        with joined(world, place):
-            folder = run(
-                source,
-                out,
-                base,
-                name=name,
-                settings=settings or [],
-                device=place,
-                dtype=training_dtype(dtype, place),
-                quiet=quiet,
-                world=world,
-            )
-    except Stopped as stop:
-        if world.is_main:
-            print(f"dalle: {stop}", file=sys.stderr)
-        raise typer.Exit(128 + stop.signal_number) from None
+    with trained_on(device) as (world, place):
+        folder = run(
+            source,
+            out,
+            base,
+            name=name,
+            settings=settings or [],
+            device=place,
+            dtype=training_dtype(dtype, place),
+            quiet=quiet,
+            world=world,
+        )
     if world.is_main:
         print_folder(folder, as_json)

@@ -1,12 +1,19 @@
 """`dalle train`: every stage, resumable."""
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from dalle.commands.console import Device, Dtype, Json, launched, log_to_stderr, print_folder, training_dtype
+from dalle.commands.console import (
+    Device,
+    Dtype,
+    Json,
+    log_to_stderr,
+    print_folder,
+    trained_on,
+    training_dtype,
+)
 from dalle.commands.data_options import takes_data
 
 
@@ -32,37 +39,22 @@ def train(
     """Train every stage: tokenizer, dVAE, picture tokens, transformer. Stop it at any time; run it again to go on."""
     log_to_stderr(quiet)
     from dalle.model_folder import bundled_folder
-    from dalle.training.loop import Stopped
-    from dalle.training.memory import keep_freed_memory
-    from dalle.training.processes import joined
     from dalle.training.recipe import load_recipe
     from dalle.training.train import STAGES
     from dalle.training.train import train as run
 
-    world, place = launched(device)
-    if place.type == "cpu":
-        keep_freed_memory()
-    try:
-        with joined(world, place):
-            recipe = load_recipe(preset, settings or [])
-            folder = run(
-                source,
-                out,
-                recipe,
-                init_from=bundled_folder()
-                if init_from == "bundled"
-                else Path(init_from)
-                if init_from
-                else None,
-                stages=STAGES if stages == "all" else tuple(part.strip() for part in stages.split(",")),
-                device=place,
-                dtype=training_dtype(dtype, place),
-                quiet=quiet,
-                world=world,
-            )
-    except Stopped as stop:
-        if world.is_main:
-            print(f"dalle: {stop}", file=sys.stderr)
-        raise typer.Exit(128 + stop.signal_number) from None
+    with trained_on(device) as (world, place):
+        recipe = load_recipe(preset, settings or [])
+        folder = run(
+            source,
+            out,
+            recipe,
+            init_from=bundled_folder() if init_from == "bundled" else Path(init_from) if init_from else None,
+            stages=STAGES if stages == "all" else tuple(part.strip() for part in stages.split(",")),
+            device=place,
+            dtype=training_dtype(dtype, place),
+            quiet=quiet,
+            world=world,
+        )
     if world.is_main:
         print_folder(folder, as_json)
