@@ -35,11 +35,10 @@ from dalle.training.run import CONTINUED, Run
 logger = logging.getLogger(__name__)
 N_MEASURED = 256  # pictures, the held-out ones first
 WORTH_DB = 0.5  # a dVAE that shows the pictures worse than its own by more than this is trained on
-BATCH = 32
 
 # Of each stage the passes over the pictures: at most, with few; fewer where that would be more than so many pictures.
 MAX_PICTURES, MIN_EPOCHS = 40_000, 4
-N_VALIDATIONS = 20  # spread over a stage; it ends after `patience` of them without a better one
+N_VALIDATIONS = 40  # spread over a stage; it ends after `patience` of them without a better one
 WARM_UP = 0.05  # of a stage's updates
 CLIP_BATCH = 128  # pictures at most
 
@@ -52,7 +51,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "weight_decay": 1e-4,
         "clip_norm": 1.0,
         "average_decay": 0.998,
-        "patience": 5,
+        "patience": 10,
         "crop": "near",
     },
     "transformer_training": {
@@ -64,7 +63,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "weight_decay": 4.5e-2,
         "clip_norm": 1.0,
         "average_decay": 0.998,
-        "patience": 5,
+        "patience": 10,
         "crop": "center",
         "n_encodings": 8,
         "dropout": 0.1,
@@ -80,7 +79,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "weight_decay": 0.2,
         "clip_norm": 1.0,
         "average_decay": 0.998,
-        "patience": 5,
+        "patience": 10,
         "crop": "near",
         "bpe_dropout": 0.1,
         "reconstructed": 0.5,
@@ -200,8 +199,8 @@ def _with_length(table: Mapping[str, Any], n_train: int, stage: str) -> dict[str
     every = max(1, round(steps / N_VALIDATIONS))
     found.setdefault("warmup_steps", min(max(1, round(WARM_UP * steps)), steps - 1))
     found.setdefault("validate_every", every)
-    found.setdefault("checkpoint_every", every)
-    found.setdefault("sheet_every", 5 * every)
+    found.setdefault("checkpoint_every", 2 * every)
+    found.setdefault("sheet_every", 10 * every)
     return found
 
 
