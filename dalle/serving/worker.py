@@ -76,9 +76,7 @@ class Worker:
         """Draws, decodes and ranks once, so that the first client does not wait for libraries to set themselves up."""
         try:
             ranker = self.pipe.ranker
-            [request] = self.pipe.sampler.prepare(
-                ImageRequest("", num_images_per_prompt=4, num_candidates=4), ranker
-            )
+            [request] = self.pipe.sampler.prepare(ImageRequest("", num_images_per_prompt=4), ranker)
             n_threads = self.pipe.sampler.n_threads(4)
             batch = Batch((Slot(request, 0, 4),), 4)
             tokens = self.pipe.sampler.sample(batch, lambda *_: False, n_threads)
