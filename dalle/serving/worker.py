@@ -128,7 +128,7 @@ class Worker:
         """End a job with an error; the log says which."""
         logger.error("job %s failed: %s", job.id, error, exc_info=error)
         is_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        told = ServingError(
+        failure = ServingError(
             503 if is_memory else 500,
             "memory ran out: ask for fewer candidates, or try again later"
             if is_memory
@@ -137,7 +137,7 @@ class Worker:
             code="out_of_memory" if is_memory else "drawing_failed",
             retry_after_s=10 if is_memory else None,
         )
-        self.queue.end(job, "failed", Failed(told))
+        self.queue.end(job, "failed", Failed(failure))
 
     # --- One batch ------------------------------------------------------------------------------------------
 
