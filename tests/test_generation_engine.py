@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dalle.generation.engine import Engine, rows_that_pay
+from dalle.generation.engine import Engine, default_rows_per_batch
 from dalle.generation.request import GenerationOptions
 from dalle.generation.sampling import combine_guidance, sample, uniforms
 from dalle.transformer import Transformer, TransformerConfig
@@ -322,5 +322,5 @@ def test_small_models_draw_more_pictures_side_by_side_and_caches_stay_bounded() 
             return Transformer(config).to(torch.bfloat16)
 
     small, larger, large = of(6, 4, 8), of(6, 8, 16), of(8, 8, 32)
-    assert [rows_that_pay(one) for one in (small, larger, large)] == [256, 256, 64]
-    assert rows_that_pay(larger.float()) == 128
+    assert [default_rows_per_batch(one) for one in (small, larger, large)] == [256, 256, 64]
+    assert default_rows_per_batch(larger.float()) == 128

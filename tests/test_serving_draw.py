@@ -230,6 +230,17 @@ def test_a_models_own_number_of_candidates_is_drawn_where_a_request_leaves_it_op
         assert json.loads(choosing.request("GET", "/api/info")[2])["defaults"]["candidates"] == 5
 
 
+def test_a_server_without_a_clip_says_that_it_draws_no_candidates_to_choose_from(
+    tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe = gated_pipe(with_ranker=False)
+    pipe.sampler.defaults = ModelDefaults(candidates=5)
+    with live_server(tmp_path, pipe) as plain:
+        events = dict(plain.events({"prompt": "a dog", "num_images": 2}))
+    assert events["started"]["n_candidates"] == 2
+    assert "5 candidates per caption needs a CLIP, which is missing" in caplog.text
+
+
 def test_the_page_is_told_ranges_and_meanings_of_all_fields(live: Live) -> None:
     fields = json.loads(live.request("GET", "/api/info")[2])["fields"]
     assert {"num_images", "num_candidates", "seed", "temperature", "top_k", "top_p", "guidance"} <= {*fields}

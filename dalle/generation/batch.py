@@ -66,7 +66,7 @@ class Slot(NamedTuple):
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """Return theirs."""
+        """Return the seeds of these candidates."""
         return self.request.seeds[self.first : self.first + self.n]
 
 

@@ -41,7 +41,7 @@ def cache_bytes(config: TransformerConfig, itemsize: int) -> int:
     return itemsize * 2 * config.d_model * slots
 
 
-def rows_that_pay(model: TokenModel) -> int:
+def default_rows_per_batch(model: TokenModel) -> int:
     """Return how many pictures are best drawn side by side: a rule of shape and dtype alone, so that plans are fixed."""
     if not isinstance(model, Transformer):
         return ROWS_PER_BATCH

@@ -99,7 +99,7 @@ class GenerationOptions(Config):
 class ModelDefaults(GenerationOptions):
     """What a model is drawn with where a request says nothing."""
 
-    # Drawn of each caption, of which CLIP keeps the best, as in the paper; None: as many as are kept.
+    # Candidates per caption; CLIP keeps the best, as in the paper. None: as many as are kept.
     candidates: Count | None = None
 
     @classmethod

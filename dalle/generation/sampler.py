@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dalle.generation.batch import Batch, plan_batches
 from dalle.generation.completion import complete, region_to_draw, square_on_white
-from dalle.generation.engine import Engine, RowCallback, rows_that_pay
+from dalle.generation.engine import Engine, RowCallback, default_rows_per_batch
 from dalle.generation.precision import decode_threads, threads
 from dalle.generation.request import CaptionRequest, ImageRequest, ModelDefaults, Truncation, blaming
 from dalle.generation.rerank import CHUNK, Ranker
@@ -99,7 +99,7 @@ class Sampler:
 
     def plan(self, requests: Sequence[CaptionRequest], rows_per_batch: int | None) -> list[Batch]:
         """Return the batches of a call; None takes as many pictures side by side as pay for this model."""
-        rows = rows_that_pay(self.transformer) if rows_per_batch is None else rows_per_batch
+        rows = default_rows_per_batch(self.transformer) if rows_per_batch is None else rows_per_batch
         return plan_batches(requests, rows)
 
     def n_threads(self, n_rows: int) -> int:

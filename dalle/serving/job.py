@@ -17,7 +17,7 @@ from dalle.generation.batch import Batch, Slot
 from dalle.generation.request import CaptionRequest
 from dalle.serving.errors import ServingError
 
-# --- What a client is told, in this order -------------------------------------------------------------------
+# --- Events of a job, in this order ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Job:
     id: str = field(default_factory=lambda: secrets.token_urlsafe(16))
     accepted_at: float = field(default_factory=time.monotonic)
     n_taken: int = 0  # candidates that a batch has taken
-    position: int | None = None  # as last told
+    position: int | None = None  # in the queue, as its client last heard
     candidates: list[Candidate] = field(default_factory=list)  # in order
     is_over: bool = False
 

@@ -24,8 +24,8 @@ class Metrics:
         def histogram(name: str, about: str) -> Histogram:
             return Histogram(name, about, namespace="dalle", registry=self.registry, buckets=SECONDS)
 
-        self.waiting = gauge("queue_jobs", "Jobs accepted of which nothing is drawn yet.")
-        self.running = gauge("running_jobs", "Jobs of which something is drawn.")
+        self.waiting = gauge("queue_jobs", "Accepted jobs that wait for their first batch.")
+        self.running = gauge("running_jobs", "Jobs that are being drawn.")
         self.slots = gauge("reserved_slots", "Candidates reserved by accepted requests.")
         self.batch_rows = gauge("batch_rows", "Candidates in the batch that is being drawn.")
         self.jobs = counter("jobs", "Ended jobs: settled, cancelled, failed or expired.", "outcome")

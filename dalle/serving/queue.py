@@ -146,7 +146,7 @@ class JobQueue:
         listener: Listener,
         keeps_candidates: bool = False,
     ) -> Job:
-        """Queues a checked request; its slots are given back when it ends. The listener is told all about it."""
+        """Queue a checked request; its slots are given back when it ends. The listener gets every event."""
         assert reservation.n_slots == len(request.seeds)
         deadline = time.monotonic() + self.settings.deadline_s
         job = Job(request, listener, deadline, keeps_candidates)

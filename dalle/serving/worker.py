@@ -76,9 +76,7 @@ class Worker:
         """Draws, decodes and ranks once, so that the first client does not wait for libraries to set themselves up."""
         try:
             ranker = self.pipe.ranker
-            [request] = self.pipe.sampler.prepare(
-                ImageRequest("", num_images_per_prompt=4, num_candidates=4), ranker
-            )
+            [request] = self.pipe.sampler.prepare(ImageRequest("", num_images_per_prompt=4), ranker)
             n_threads = self.pipe.sampler.n_threads(4)
             batch = Batch((Slot(request, 0, 4),), 4)
             tokens = self.pipe.sampler.sample(batch, lambda *_: False, n_threads)
@@ -130,7 +128,7 @@ class Worker:
         """End a job with an error; the log says which."""
         logger.error("job %s failed: %s", job.id, error, exc_info=error)
         is_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        told = ServingError(
+        failure = ServingError(
             503 if is_memory else 500,
             "memory ran out: ask for fewer candidates, or try again later"
             if is_memory
@@ -139,7 +137,7 @@ class Worker:
             code="out_of_memory" if is_memory else "drawing_failed",
             retry_after_s=10 if is_memory else None,
         )
-        self.queue.end(job, "failed", Failed(told))
+        self.queue.end(job, "failed", Failed(failure))
 
     # --- One batch ------------------------------------------------------------------------------------------
 

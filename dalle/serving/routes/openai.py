@@ -40,7 +40,7 @@ from dalle.serving.mailbox import EventStream, Mailbox, outcome
 from dalle.serving.schema import EditBody, GenerationBody, OpenAIImageBody, as_error, check
 from dalle.serving.state import State
 
-# Candidates drawn for each request, of which CLIP keeps the best n; more of them is what quality means here.
+# Candidates of each request; CLIP keeps the best n. More candidates is what quality means here.
 CANDIDATES = {"low": 1, "medium": 8, "high": 32, "xhigh": 128, "max": 512}
 # Fields of an `ImageRequest` that OpenAI's clients call otherwise.
 NAMES = {"num_images_per_prompt": "n", "guidance": "guidance_scale"}
