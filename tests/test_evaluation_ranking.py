@@ -18,6 +18,7 @@ from dalle.data.shapes import write_shapes
 from dalle.evaluation.ranking import CaptionVectors, RankerReport, best_of
 from dalle.evaluation.report import evaluate
 from dalle.evaluation.subject import Settings
+from dalle.evaluation.zero_shot import CLIPSCORE_PREFIX
 from dalle.generation.rerank import Ranker
 from dalle.model_folder import write_index
 from dalle.pipeline import DallePipeline
@@ -41,7 +42,7 @@ class Oracle:
         self.asked += captions
         rows = []
         for caption in captions:
-            thing, style = caption.removeprefix("object ").split(", ")
+            thing, style = caption.removeprefix(CLIPSCORE_PREFIX).removeprefix("object ").split(", ")
             rows.append(self.colours[STYLES.index(style), (int(thing) + self.off) % N_OBJECTS])
         return F.normalize(torch.tensor(np.stack(rows)).float() - 128, dim=-1)
 
@@ -142,6 +143,7 @@ def test_draws_are_scored_beside_true_pictures_and_other_captions(
     score = figures["clip_score"]
     assert score["draws"] == pytest.approx(score["true_pictures"]) == pytest.approx(2.5, abs=1e-3)
     assert score["draws_with_other_captions"] < 2.0
+    assert figures["clip_score_with_prefix"]["draws"] == score["draws"]  # the oracle reads past the prefix
     swapped = report.draws(rows, true.roll(1, dims=0))
     assert swapped["r_precision"]["share"] < 0.5
     assert swapped["clip_score"]["true_pictures"] == score["true_pictures"]

@@ -5,17 +5,20 @@ Source: DALL·E §2.1 and §2.2. Shapes: M pictures, G grid side.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dalle.evaluation.metrics import Reconstruction
-from dalle.evaluation.protocols import first_captions, measure_losses, measure_reconstruction
+from dalle.evaluation.protocols import BATCH, first_captions, measure_losses, measure_reconstruction
 from dalle.evaluation.sheets import spread
 from dalle.evaluation.subject import Subject
+from dalle.transformer import Transformer
 
 MAX_TRAIN_PICTURES = 4096  # looked at for the use of codes only
 
@@ -44,6 +47,7 @@ def image_tokenizer(subject: Subject) -> dict[str, Any]:
         **_figures(pooled),
         "codes_used": all_codes.codes_used,
         "perplexity": all_codes.perplexity,
+        "token_entropy_bits": math.log2(max(1.0, all_codes.perplexity)),
         "n_codes": dvae.n_codes,
         "n_pictures_for_codes": all_codes.n_pictures,
         "splits": by_split,
@@ -60,9 +64,34 @@ def transformer(subject: Subject) -> dict[str, Any]:
             continue
         text, n_cut = first_captions((subject.pairs[index] for index in kept), subject.pipe.tokenizer)
         losses = measure_losses(subject.pipe.transformer, text, tokens.flatten(1))
-        by_split[split] = {**asdict(losses), "n_pictures": len(kept), "n_captions_cut": n_cut}
+        size, model = subject.pipe.dvae, subject.pipe.transformer
+        bits = losses.image_loss * size.grid_size**2 / math.log(2)
+        by_split[split] = {
+            **asdict(losses),
+            "image_bits": bits,  # a picture's tokens
+            "image_bits_per_dimension": bits / (3 * size.image_size**2),
+            # a published model gives a mean alone
+            "perplexity_by_row": perplexity_by_row(model, text, tokens)
+            if isinstance(model, Transformer)
+            else None,
+            "n_pictures": len(kept),
+            "n_captions_cut": n_cut,
+        }
         subject.advance(len(kept))
     return by_split
+
+
+@torch.no_grad()
+def perplexity_by_row(model: Transformer, text: Tensor, tokens: Tensor) -> list[float]:
+    """exp of the mean loss of the tokens (M, G, G) in each row of the grid, given captions (M, T): G numbers from 1."""
+    device = next(model.parameters()).device
+    total = torch.zeros(tokens.shape[1], dtype=torch.float64)
+    for start in range(0, len(text), BATCH):
+        image = tokens[start : start + BATCH].to(device)
+        _, logits = model(text[start : start + BATCH].to(device), image.flatten(1))
+        losses = F.cross_entropy(logits.float().flatten(0, 1), image.flatten(), reduction="none")
+        total += losses.view(image.shape).sum(dim=(0, 2)).double().cpu()  # (G,)
+    return [float(value) for value in (total / (len(text) * tokens.shape[2])).exp()]
 
 
 def _measured(subject: Subject, indices: list[int]) -> tuple[Reconstruction, list[int], Tensor]:

@@ -135,6 +135,7 @@ def draw(
         drawn = pipe(
             part,
             num_images_per_prompt=n_candidates,
+            num_candidates=n_candidates,
             seed=first,
             truncate=True,
             output_type="tokens",

@@ -20,6 +20,7 @@ from dalle.evaluation.pictures import PictureReader
 from dalle.evaluation.protocols import Advance
 from dalle.evaluation.sheets import spread
 from dalle.evaluation.zero_shot import (
+    CLIPSCORE_PREFIX,
     accuracy,
     clip_score,
     linear_probe,
@@ -96,8 +97,14 @@ class RankerReport:
             "true_pictures": clip_score(true, texts),
             "draws_with_other_captions": clip_score(vectors, other),
         }
+        prefixed = [CLIPSCORE_PREFIX + self.pairs[index].captions[0] for index in kept]
+        of_prefixed = self.ranker.encode_captions(prefixed, truncate=True)
         return {
             "clip_score": {name: float(score.mean()) for name, score in scores.items()},
+            "clip_score_with_prefix": {  # as its authors', whose CLIP knew photographs
+                "draws": float(clip_score(vectors, of_prefixed).mean()),
+                "true_pictures": float(clip_score(true, of_prefixed).mean()),
+            },
             "r_precision": self._r_precision(kept, vectors),
             "n": len(kept),
         }

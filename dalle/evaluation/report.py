@@ -18,13 +18,15 @@ from torch import Tensor
 from dalle import __version__, files, images
 from dalle.data.pairs import PairSet
 from dalle.evaluation.components import image_tokenizer, pictures_for_codes, transformer
-from dalle.evaluation.curves import curves
+from dalle.evaluation.composition import composition, scene_rows
+from dalle.evaluation.curves import curve_rows, curves
 from dalle.evaluation.galleries import zero_shot_rows
 from dalle.evaluation.memorisation import memorisation
+from dalle.evaluation.page import write_page
 from dalle.evaluation.protocols import BATCH, decode, reconstruct
 from dalle.evaluation.ranking import MAX_PROBE_PICTURES, RankerReport
 from dalle.evaluation.retrieval import zero_shot
-from dalle.evaluation.samples import samples
+from dalle.evaluation.samples import sampled_rows, samples
 from dalle.evaluation.sheets import pairs_sheet, spread
 from dalle.evaluation.subject import Parts, Progress, Report, Settings, Subject, choose, indices_of
 from dalle.generation.recipe import Versions
@@ -46,7 +48,7 @@ def evaluate(
     settings: Settings | None = None,
     progress: Report | None = None,
 ) -> dict[str, Any]:
-    """Measure a model on held-out pairs; write OUT/report.json and its sheets of pictures.
+    """Measure a model on held-out pairs; write OUT/report.json, report.html and sheets of pictures.
 
     What is finished lies in OUT/parts until the end: the same call goes on after a kill.
 
@@ -91,6 +93,7 @@ def evaluate(
         "times": {"seconds": round(time.perf_counter() - began, 1), "sections": seconds},
     }
     files.write_json(out / "report.json", report)
+    write_page(report, out)
     subject.parts.remove()
     return report
 
@@ -144,6 +147,7 @@ def _section(name: str) -> Section:
         "samples": samples,
         "curves": curves,
         "memorisation": memorisation,
+        "composition": composition,
         "clip": lambda subject: _ranker(subject, "clip"),
         "judge": lambda subject: _ranker(subject, "judge"),
         "sheets": _sheets,
@@ -159,8 +163,12 @@ def _sizes(subject: Subject) -> dict[str, int]:
         "image_tokenizer": n + len(pictures_for_codes(subject)),
         "transformer": 2 * n,
         "retrieval": n_rows * (subject.n_candidates + 1) + (len(subject.pairs) if subject.extractors else 0),
+        "samples": len(subject.extractors) * 15 * len(sampled_rows(subject)) + 1,
+        "curves": 2 * len(curve_rows(subject)) * subject.settings.curve_candidates,
+        "memorisation": 2 * n_rows,
+        "composition": sum(map(len, scene_rows(subject).values())) * (subject.n_candidates + 1) + 1,
         **dict.fromkeys(subject.rankers, n_ranked),
-        "sheets": 2 * SHEET_PICTURES,
+        "sheets": n + 2 * SHEET_PICTURES,
     }
 
 
@@ -227,6 +235,7 @@ def _sheets(subject: Subject) -> dict[str, Any]:
     sheet = pairs_sheet(pictures, reconstruct(subject.pipe.dvae, pictures)[1])
     images.save_png(sheet, subject.out / "reconstructions.png", None)
     listed: dict[str, Any] = {"reconstructions.png": [{"key": subject.pairs[index].key} for index in shown]}
+    listed["worst.png"] = _worst_sheet(subject)
     draws = subject.draws()
     shown, pictures = _readable(subject, subject.rows)
     places = [subject.rows.index(row) for row in shown]
@@ -241,6 +250,19 @@ def _sheets(subject: Subject) -> dict[str, Any]:
             {"key": subject.pairs[row].key, "caption": subject.captions([row])[0]} for row in shown
         ]
     return listed
+
+
+def _worst_sheet(subject: Subject) -> list[dict[str, Any]]:
+    """The measured pictures of the largest squared error above their reconstructions, worst first."""
+    errors = list[tuple[float, int]]()
+    for positions, pictures in subject.reader.batches([subject.pairs[index] for index in subject.everyone]):
+        apart = (pictures - reconstruct(subject.pipe.dvae, pictures)[1]).square().mean(dim=(1, 2, 3))
+        errors += zip(apart.tolist(), (subject.everyone[position] for position in positions), strict=True)
+    worst = [index for _, index in sorted(errors, reverse=True)[:SHEET_PICTURES]]
+    [(positions, pictures)] = subject.reader.batches([subject.pairs[index] for index in worst])
+    sheet = pairs_sheet(pictures, reconstruct(subject.pipe.dvae, pictures)[1])
+    images.save_png(sheet, subject.out / "worst.png", None)
+    return [{"key": subject.pairs[worst[position]].key} for position in positions]
 
 
 def _readable(subject: Subject, indices: Sequence[int]) -> tuple[list[int], Tensor]:

@@ -211,7 +211,8 @@ class Subject:
     @cached_property
     def n_candidates(self) -> int:
         """Drawn for each caption; without a CLIP one suffices, and another seed's."""
-        return self.settings.candidates or (CANDIDATES if "clip" in self.rankers else 2)
+        default = self.pipe.defaults.candidates or CANDIDATES
+        return self.settings.candidates or (max(2, default) if "clip" in self.rankers else 2)
 
     def captions(self, rows: Sequence[int]) -> list[str]:
         """The first caption of each pair."""

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-GALLERY_NAMES = {"style": "99 of its style", "style_and_object": "those and its object in other styles"}
+GALLERY_NAMES = {
+    "style": "99 of its style",
+    "style_and_object": "those and its object in other styles",
+    "neighbours": "16 nearest neighbours of its picture",
+}
 QUERY_NAMES = {
     "draws": "one draw",
     "chosen": "chosen by CLIP",
@@ -45,6 +49,34 @@ def lines(report: Mapping[str, Any]) -> Iterator[Line]:
             yield Line(
                 section, QUERY_NAMES.get(query, query), share(figures["recall_at_1"]), verdict(against)
             )
+
+    yield from _other_lines(report)
+
+
+def _other_lines(report: Mapping[str, Any]) -> Iterator[Line]:
+    """Yield the figures on choosing, on sets of samples, on memory and on scenes."""
+    for name, rows in report.get("curves", {}).get("chosen_by_clip", {}).items():
+        if name in GALLERY_NAMES:
+            gain = f"{100 * rows[-1]['gain']:+.1f} ± {100 * rows[-1]['gain_standard_error']:.1f} points over one draw"
+            what = f"best of {rows[-1]['n']}, {GALLERY_NAMES[name]}"
+            yield Line("choosing", what, f"{rows[-1]['score']:.1%}", gain)
+    for name, network in report.get("samples", {}).get("networks", {}).items():
+        first = network["blur"][0]
+        if first["draws"]["frechet"]["value"] is not None:
+            beside = ", ".join(
+                f"{kind.replace('_', ' ')} {first[kind]['frechet']['value']:.2f}"
+                for kind in ("reconstructions", "training_pictures")
+                if first[kind]["frechet"]["value"] is not None
+            )
+            yield Line("samples", f"Fréchet on {name}", f"{first['draws']['frechet']['value']:.2f}", beside)
+    for name, measure in report.get("memorisation", {}).get("measures", {}).items():
+        near = f"true pictures {share(measure['true_pictures']['near'])}"
+        yield Line("memory", f"draws near a training picture, {name}", share(measure["draws"]["near"]), near)
+    for kind, table in report.get("composition", {}).get("kinds", {}).items():
+        if "draws" in table:
+            best = table.get("chosen", table["draws"])
+            chance = f"shuffled captions {share(table['draws_of_other_captions'])}"
+            yield Line("scenes", kind, share(best), chance)
 
 
 def share(estimate: Mapping[str, Any]) -> str:
