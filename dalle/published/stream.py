@@ -70,14 +70,14 @@ def attend_step(q: Tensor, cache: SlotCache, rows: MaskRows, position: int, coun
     if hidden is not None:
         read = read.masked_fill(~hidden.to(q.device), -torch.inf)
     places = rows.images[position]
-    seen_places = places if isinstance(places, slice) else places.to(q.device)
-    keys, values = cache.images[:, :, :, seen_places].unbind(0)  # (R, H, W, D) each
+    keys, values = cache.images[:, :, :, places if isinstance(places, slice) else places.to(q.device)]
     seen = (q[:, :, None] @ keys.mT)[:, :, 0]  # (R, H, W)
     shares = torch.cat([read, seen], dim=-1).softmax(dim=-1)
     n_caption = read.shape[-1]
-    mixed: Tensor = by_caption(shares[..., :n_caption], cache.captions[1], counts)
+    mixed = by_caption(shares[..., :n_caption], cache.captions[1], counts)
     mixed = mixed + (shares[:, :, None, n_caption:] @ values)[:, :, 0]  # (R, H, D)
-    return mixed.flatten(1)
+    attended: Tensor = mixed.reshape(len(mixed), -1)
+    return attended
 
 
 def by_caption(x: Tensor, matrices: Tensor, counts: Sequence[int]) -> Tensor:
