@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from dalle import __version__
+from dalle.generation.options import GenerationOptions
 from dalle.weights import file_sha256, publish_folder, read_json, write_json, write_manifest
 
 PLAN = "import.json"
@@ -60,6 +61,21 @@ def write_image_tokenizer_index(folder: ImportedFolder, kind: str) -> None:
         "_class_name": kind,
         "_dalle_version": __version__,
         "components": {"dvae": kind},
+        "imported_from": folder.sources,
+    }
+    write_json(folder.path / "model_index.json", index)
+    write_manifest(folder.path)
+
+
+def write_pipeline_index(
+    folder: ImportedFolder, kinds: Mapping[str, str], defaults: Mapping[str, object]
+) -> None:
+    """Make the folder one of a model that draws: model_index.json with its parts and settings, then the manifest."""
+    index = {
+        "_class_name": "DallePipeline",
+        "_dalle_version": __version__,
+        "components": {"tokenizer": "CaptionTokenizer", **kinds},
+        "defaults": GenerationOptions.model_validate(dict(defaults)).model_dump(),
         "imported_from": folder.sources,
     }
     write_json(folder.path / "model_index.json", index)
