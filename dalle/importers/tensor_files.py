@@ -92,6 +92,8 @@ def open_tensors(path: Path, kind: str, allow_pickle: bool = False) -> Iterator[
                 if key is not None:
                     beside = {name: value for name, value in root.items() if name != key}
                     root = root[key]
+                if isinstance(root, str):
+                    raise ValueError(f"{path} is DeepSpeed's auxiliary file: the weights lie elsewhere")
             records = flatten(root, path, kind)
             archive.check_total(list(records.values()))
             entries = {
