@@ -231,7 +231,6 @@ class MinDalle(SavedModule):
         """Take in the next image token of each picture, (R,) -> states (R, C) that predict the one after."""
         return self._read(tokens, stream)
 
-    @torch.no_grad()
     def norm(self, state: Tensor) -> Tensor:
         """Return what the image head reads of states (..., C)."""
         return cast(Tensor, self.decoder.norm(state))
