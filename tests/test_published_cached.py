@@ -6,7 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiny_published import GRID, N_CODES, N_TEXT, N_VOCAB, TOKEN_MODELS
+from tests.tiny_published import (
+    GRID,
+    N_CODES,
+    N_TEXT,
+    N_VOCAB,
+    TOKEN_MODELS,
+    one_thread,  # noqa: F401 - every test here runs under it
+)
 
 N = GRID * GRID
 every_model = pytest.mark.parametrize("make", TOKEN_MODELS.values(), ids=TOKEN_MODELS)

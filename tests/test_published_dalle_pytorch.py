@@ -12,10 +12,11 @@ import torch
 from dalle.importers.conversion import write_converted
 from dalle.importers.dalle_pytorch import import_dalle_pytorch, vae_conversion
 from dalle.importers.tensor_files import open_tensors
+from dalle.manifest import VerifiedFolder
 from dalle.published.dalle_pytorch import DallePytorch
 from dalle.published.dalle_pytorch_vae import DallePytorchVAE
-from dalle.weights import verify_manifest
 from tests.published_code import needs_peers, run_published_code
+from tests.tiny_published import one_thread  # noqa: F401 - every test here runs under it
 
 MODELS = ("default", "full", "axial_row", "axial_col", "conv_like", "mixed", "reversible", "tied")
 N_TEXT, N_TEXT_IDS = 6, 46
@@ -37,7 +38,7 @@ def expected_of(published: Path, name: str) -> dict[str, Any]:
 
 def imported(published: Path, name: str, out: Path, **changes: Any) -> DallePytorch:
     import_dalle_pytorch(published / f"{name}.pt", published / "vocab.txt", out, changes=changes)
-    verify_manifest(out)
+    VerifiedFolder(out)
     return DallePytorch.from_pretrained(out / "transformer")
 
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from dalle.importers.min_dalle import import_min_dalle
+from dalle.manifest import VerifiedFolder
 from dalle.published.captions import CaptionTokenizer
 from dalle.published.min_dalle import MinDalle
 from dalle.published.vqgan import VQGAN
-from dalle.weights import verify_manifest
 from tests.published_code import needs_peers, run_published_code
+from tests.tiny_published import one_thread  # noqa: F401 - every test here runs under it
 
 FILES = ("encoder.pt", "decoder.pt", "detoker.pt", "vocab.json", "merges.txt")
 THEIR_START = 2**14 - 1  # what min-dalle 0.4.11 begins with; BOS is 16384
@@ -38,7 +39,7 @@ def expected(published: Path) -> dict[str, Any]:
 
 @needs_peers
 def test_encoder_and_decoder_compute_what_min_dalles_do(imported: Path, expected: dict[str, Any]) -> None:
-    verify_manifest(imported)
+    VerifiedFolder(imported)
     model = MinDalle.from_pretrained(imported / "transformer")
     text, image = expected["text"], expected["image"]
     with torch.no_grad():

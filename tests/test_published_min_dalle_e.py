@@ -10,11 +10,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dalle.importers.min_dalle_e import import_min_dalle_e
+from dalle.manifest import VerifiedFolder
 from dalle.published.captions import CaptionTokenizer
 from dalle.published.min_dalle_e import MinDalleE
 from dalle.published.vqgan import VQGAN
-from dalle.weights import verify_manifest
-from tests.tiny_published import LETTERS, taming_state, tiny_vqgan
+from tests.tiny_published import (
+    LETTERS,
+    one_thread,  # noqa: F401 - every test here runs under it
+    taming_state,
+    tiny_vqgan,
+)
 
 C, HEADS, LAYERS, N_TEXT, GRID, N_CODES = 16, 2, 2, 8, 2, 64
 CAPTIONS = ("a red hat", "RED  red, hat!", "é", "")
@@ -98,7 +103,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def imported(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("imported") / "model"
     import_min_dalle_e(archive, out, changes={"n_heads": HEADS})
-    verify_manifest(out)
+    VerifiedFolder(out)
     return out
 
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from dalle.importers.ru_dalle import import_ru_dalle
+from dalle.manifest import VerifiedFolder
 from dalle.published.captions import CaptionTokenizer
 from dalle.published.ru_dalle import RuDalle
 from dalle.published.vqgan import VQGAN
-from dalle.weights import verify_manifest
 from tests.published_code import needs_peers, run_published_code
+from tests.tiny_published import one_thread  # noqa: F401 - every test here runs under it
 
 N_TEXT, N_TEXT_IDS, N_TOKENS = 6, 46, 144
 
@@ -24,7 +25,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def imported(published: Path, version: str, out: Path, **changes: Any) -> tuple[RuDalle, dict[str, Any]]:
     files = published / f"{version}.bin", published / "vqgan.ckpt", published / "bpe.model"
     import_ru_dalle(*files, out, changes={"n_heads": 2, **changes})
-    verify_manifest(out)
+    VerifiedFolder(out)
     expected: dict[str, Any] = torch.load(published / f"{version}_expected.pt", weights_only=True)
     return RuDalle.from_pretrained(out / "transformer"), expected
 

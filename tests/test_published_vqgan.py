@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from dalle.importers.vqgan import import_vqgan
+from dalle.manifest import VerifiedFolder
 from dalle.published.vqgan import VQGAN, VQGANConfig
-from dalle.weights import verify_manifest
 from tests.published_code import needs_peers, run_published_code
+from tests.tiny_published import one_thread  # noqa: F401 - every test here runs under it
 
 TINY = VQGANConfig(
     image_size=16,
@@ -38,7 +39,7 @@ def test_imported_vqgan_computes_what_tamings_code_computes(
     with pytest.raises(ValueError, match=r"names .*VQ: it holds more than tensors\. Pass --allow-pickle"):
         import_vqgan(published / f"{name}.ckpt", None, tmp_path / "refused")
     import_vqgan(published / f"{name}.ckpt", published / "config.yaml", tmp_path / "model", allow_pickle=True)
-    verify_manifest(tmp_path / "model")
+    VerifiedFolder(tmp_path / "model")
     index = json.loads((tmp_path / "model" / "model_index.json").read_text())
     assert index["components"] == {"dvae": "VQGAN"}
     assert [source["file"] for source in index["imported_from"]] == [f"{name}.ckpt", "config.yaml"]

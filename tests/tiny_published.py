@@ -2,12 +2,17 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+import tokenizers
 import torch
 from torch import Tensor, nn
 
+from dalle.pipeline import DallePipeline
+from dalle.published.captions import CaptionTokenizer, CaptionTokenizerConfig
 from dalle.published.dalle_pytorch import DallePytorch, DallePytorchConfig
 from dalle.published.min_dalle import MinDalle, MinDalleConfig
 from dalle.published.min_dalle_e import MinDalleE, MinDalleEConfig
@@ -16,6 +21,15 @@ from dalle.published.vqgan import VQGAN, VQGANConfig
 
 N_TEXT, N_VOCAB, GRID, N_CODES = 8, 60, 4, 64
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small gain nothing from a second thread, and wait long for it on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def shaken(model: Any, seed: int = 0) -> Any:
@@ -164,3 +178,22 @@ def bart_vocabulary(folder: Path) -> tuple[Path, Path]:
 def count(model: nn.Module) -> int:
     """Parameters of a model."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def caption_tokenizer(pad_id: int) -> CaptionTokenizer:
+    """Words and letters to ids below N_VOCAB; 0 to 3 are specials."""
+    words = ["<pad>", "<unk>", "<s>", "</s>", *LETTERS, "red", "blue", "apple", "boat", "cats", "two"]
+    model = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    bpe = tokenizers.Tokenizer(model)
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    config = CaptionTokenizerConfig(
+        max_tokens=N_TEXT, n_vocab=N_VOCAB, before=(2,), after=(3,), pad_id=pad_id
+    )
+    return CaptionTokenizer(bpe.to_str(), config)
+
+
+def published_pipe(name: str, **parts: Any) -> DallePipeline:
+    """A pipeline around one of TOKEN_MODELS."""
+    model = TOKEN_MODELS[name]()
+    pad_id = getattr(model.config, "pad_id", 0)
+    return DallePipeline(caption_tokenizer(pad_id), parts.pop("dvae", None) or tiny_vqgan(), model, **parts)

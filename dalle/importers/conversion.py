@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from dalle.config import Config
+from dalle.files import write_json
 from dalle.importers.tensor_files import TensorFile
-from dalle.published.saved import INDEX, SavedModule, shard_name
-from dalle.weights import CONFIG, WEIGHTS, save_tensors, write_json
+from dalle.manifest import CONFIG
+from dalle.published.saved import SavedModule, shard_name
+from dalle.weights import WEIGHTS, save_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +115,7 @@ def on_meta(model: type[SavedModule], config: Config) -> SavedModule:
 
 
 def write_converted(conversion: Conversion, folder: Path, progress: Progress | None = None) -> None:
-    """Write a component's folder: config.json, and its weights in one file or in shards with an index.
+    """Write a component's folder: config.json, and its weights in one file or in shards.
 
     Shards that are there already are kept, so that the same call goes on where another one stopped. Raises ValueError as
     `Conversion.check`, OSError where the disk refuses.
@@ -130,13 +132,6 @@ def write_converted(conversion: Conversion, folder: Path, progress: Progress | N
         done += sum(sizes[name] for name in names)
         if progress is not None:
             progress(done, total)
-    if len(shards) > 1:
-        places = {
-            name: shard_name(number, len(shards))
-            for number, names in enumerate(shards, start=1)
-            for name in names
-        }
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
     write_json(folder / CONFIG, conversion.model.config.model_dump(mode="json"))
 
 

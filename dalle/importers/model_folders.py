@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dalle import __version__
-from dalle.generation.options import GenerationOptions
-from dalle.weights import file_sha256, publish_folder, read_json, write_json, write_manifest
+from dalle.files import file_sha256, publish_folder, read_json, write_json
+from dalle.generation.request import ModelDefaults
+from dalle.manifest import write_manifest
+from dalle.model_folder import write_index
 
 PLAN = "import.json"
 
@@ -71,15 +73,8 @@ def write_pipeline_index(
     folder: ImportedFolder, kinds: Mapping[str, str], defaults: Mapping[str, object]
 ) -> None:
     """Make the folder one of a model that draws: model_index.json with its parts and settings, then the manifest."""
-    index = {
-        "_class_name": "DallePipeline",
-        "_dalle_version": __version__,
-        "components": {"tokenizer": "CaptionTokenizer", **kinds},
-        "defaults": GenerationOptions.model_validate(dict(defaults)).model_dump(),
-        "imported_from": folder.sources,
-    }
-    write_json(folder.path / "model_index.json", index)
-    write_manifest(folder.path)
+    components = {"tokenizer": "CaptionTokenizer", **kinds}
+    write_index(folder.path, ModelDefaults.model_validate(dict(defaults)), components, folder.sources)
 
 
 def _continues(partial: Path, record: list[dict[str, object]]) -> bool:

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from dalle.weights import read_json
+from dalle.files import read_json
 
 MAX_BYTES = 2**16  # of a settings file
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import html
 import json
+import os
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +22,7 @@ import tokenizers
 from pydantic import Field
 
 from dalle.config import Config, validate
-from dalle.weights import read_json, write_bytes, write_json
+from dalle.files import read_json, write_bytes, write_json
 
 WORD_START = "▁"  # begins every word of YouTokenToMe
 SPACES = " \t\n\v\f\r" + WORD_START
@@ -169,7 +170,7 @@ class CaptionTokenizer:
         write_json(Path(folder) / "config.json", self.config.model_dump(mode="json"))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:
         """Read what `save_pretrained` wrote; ValueError when a file is missing or damaged."""
         config_path, path = Path(folder) / "config.json", Path(folder) / "tokenizer.json"
         config = validate(CaptionTokenizerConfig, read_json(config_path), str(config_path))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dalle.config import Config
 from dalle.published.saved import SavedModule
+from dalle.published.vqgan import check_tokens
 
 Count = Annotated[int, Field(gt=0)]
 
@@ -88,9 +89,19 @@ class DallePytorchVAE(SavedModule):
         return self.config.image_size
 
     @property
+    def output_size(self) -> int:
+        """Pixels a side of what `decode` gives: the same."""
+        return self.config.image_size
+
+    @property
     def grid_size(self) -> int:
         """Tokens a side, G."""
         return self.config.grid_size
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether it can read pictures."""
+        return True
 
     @property
     def n_codes(self) -> int:
@@ -112,15 +123,11 @@ class DallePytorchVAE(SavedModule):
         return self.logits(images).argmax(dim=1)
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Return images (B, 3, H, W) in [0, 1] of tokens (B, G, G) in [0, K); ValueError for others."""
-        grid, n_codes = self.grid_size, self.n_codes
-        if tokens.ndim != 3 or tuple(tokens.shape[1:]) != (grid, grid):
-            raise ValueError(
-                f"tokens have shape {tuple(tokens.shape)}; this dVAE decodes (batch, {grid}, {grid})"
-            )
-        low, high = (int(tokens.min()), int(tokens.max())) if tokens.numel() else (0, 0)
-        if not 0 <= low <= high < n_codes:
-            raise ValueError(f"tokens range from {low} to {high}; this dVAE has codes 0 to {n_codes - 1}")
+        """Return the top of images, (B, 3, g * H / G, W) in [0, 1], of the first g grid rows of tokens, (B, g, G).
+
+        Raises ValueError for more rows, or codes that are not in [0, K).
+        """
+        check_tokens(tokens, self.grid_size, self.n_codes)
         out = self.decoder(self.codebook(tokens.long()).permute(0, 3, 1, 2)).float()
         mean, std = self._pixel_statistics(out)
         return cast(Tensor, (out * std + mean).clamp(0, 1))

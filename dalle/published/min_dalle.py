@@ -27,6 +27,7 @@ from dalle.published.stream import (
     attend_step,
     by_caption,
     check_text,
+    norm_in_float32,
     repeat_rows,
     split_heads,
 )
@@ -233,11 +234,12 @@ class MinDalle(SavedModule):
 
     def norm(self, state: Tensor) -> Tensor:
         """Return what the image head reads of states (..., C)."""
-        return cast(Tensor, self.decoder.norm(state))
+        return norm_in_float32(self.decoder.norm, state)
 
     def head(self, normed: Tensor) -> Tensor:
         """Return logits (..., K) of the codes; the decoder's own ids are never drawn."""
-        return F.linear(normed, self.image_head.weight[: self.config.n_image_vocab])
+        weight = self.image_head.weight[: self.config.n_image_vocab]
+        return F.linear(normed.to(weight.dtype), weight)
 
     def null_text(self) -> Tensor:
         """Return the caption that guidance is away from, (T,): <s></s>."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 KeysValues = tuple[Tensor, Tensor]
@@ -95,6 +95,11 @@ def by_caption(x: Tensor, matrices: Tensor, counts: Sequence[int]) -> Tensor:
 def split_heads(x: Tensor, n_heads: int) -> Tensor:
     """(B, S, H * D) -> (B, H, S, D)."""
     return x.view(*x.shape[:2], n_heads, -1).transpose(1, 2)
+
+
+def norm_in_float32(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """Apply a layer norm in float32: guidance mixes two of its results, and would multiply a rounding."""
+    return F.layer_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
 
 
 def repeat_rows(x: Tensor, counts: Sequence[int]) -> Tensor:

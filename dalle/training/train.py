@@ -304,4 +304,4 @@ def _defaults(run: Run) -> ModelDefaults:
     """How the finished model draws: by the recipe; a transformer that was kept as given, as it did."""
     index = run.init_from / "model_index.json" if run.init_from else None
     kept = set(run.records()["transformer"]["inputs"]) == {"given"}
-    return read_index(index) if kept and index is not None and index.is_file() else run.recipe.sampling
+    return read_index(index)[0] if kept and index is not None and index.is_file() else run.recipe.sampling
