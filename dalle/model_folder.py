@@ -245,6 +245,20 @@ def read_index(path: Path) -> tuple[ModelDefaults, dict[str, str]]:
     return validate(ModelDefaults, index.get("defaults", {}), f"{path}: defaults"), own
 
 
+def component_kind(folder: Path, name: str) -> str:
+    """Return the class of one component of a model folder, or of a component that stands alone; ours where none is named.
+
+    Raises ValueError for a class that is not known here.
+    """
+    path = folder / "model_index.json"
+    index = read_json(path) if path.is_file() else None
+    components = index.get("components") if isinstance(index, dict) else None
+    kind = components.get(name, OURS[name]) if isinstance(components, dict) else OURS[name]
+    if kind not in COMPONENTS[name]:
+        raise ValueError(f"{path}: {name} is of class {kind!r}; known are {', '.join(COMPONENTS[name])}")
+    return str(kind)
+
+
 def _optional(folder: Path) -> dict[str, str]:
     return {name: kind for name, kind in OPTIONAL.items() if (folder / name).is_dir()}
 

@@ -25,6 +25,8 @@ from dalle.weights import WEIGHTS, save_tensors
 
 logger = logging.getLogger(__name__)
 
+# What trains with an image tokenizer reads it as one file; the largest takes 400 MB.
+WHOLE = 2**62
 SHARD_BYTES = 2**28  # of a shard's tensors; writing one takes twice that
 Progress = Callable[[int, int], None]  # bytes written, of how many
 Make = Callable[[Sequence[Tensor]], Tensor]
@@ -114,7 +116,9 @@ def on_meta(model: type[SavedModule], config: Config) -> SavedModule:
         return model(config)
 
 
-def write_converted(conversion: Conversion, folder: Path, progress: Progress | None = None) -> None:
+def write_converted(
+    conversion: Conversion, folder: Path, progress: Progress | None = None, shard_bytes: int = SHARD_BYTES
+) -> None:
     """Write a component's folder: config.json, and its weights in one file or in shards.
 
     Shards that are there already are kept, so that the same call goes on where another one stopped. Raises ValueError as
@@ -123,7 +127,7 @@ def write_converted(conversion: Conversion, folder: Path, progress: Progress | N
     conversion.check()
     folder.mkdir(parents=True, exist_ok=True)
     sizes = conversion.sizes()
-    shards = split_into_shards(sizes)
+    shards = split_into_shards(sizes, shard_bytes)
     done, total = 0, sum(sizes.values())
     for number, names in enumerate(shards, start=1):
         path = folder / (WEIGHTS if len(shards) == 1 else shard_name(number, len(shards)))
@@ -135,7 +139,7 @@ def write_converted(conversion: Conversion, folder: Path, progress: Progress | N
     write_json(folder / CONFIG, conversion.model.config.model_dump(mode="json"))
 
 
-def split_into_shards(sizes: Mapping[str, int], most: int = SHARD_BYTES) -> list[list[str]]:
+def split_into_shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
     """Split names into lists of at most `most` bytes each; a larger tensor stands alone."""
     shards: list[list[str]] = [[]]
     held = 0

@@ -17,7 +17,16 @@ import torch
 from dalle.config import validate
 from dalle.dvae import DiscreteVAE
 from dalle.importers.caption_files import dalle_pytorch_tokenizer
-from dalle.importers.conversion import Conversion, Piece, Progress, on_meta, reshaped, rows, write_converted
+from dalle.importers.conversion import (
+    WHOLE,
+    Conversion,
+    Piece,
+    Progress,
+    on_meta,
+    reshaped,
+    rows,
+    write_converted,
+)
 from dalle.importers.model_folders import ImportedFolder, imported_folder, write_pipeline_index
 from dalle.importers.openai_dvae import config_of
 from dalle.importers.tensor_files import TensorFile, open_tensors
@@ -214,11 +223,11 @@ def _write_vae(file: TensorFile, kind: str, folder: ImportedFolder) -> int:
     path = folder.path / "dvae"
     if kind == "VQGAN":
         conversion = vqgan_conversion(file, "vae.model.")
-        write_converted(conversion, path)
+        write_converted(conversion, path, shard_bytes=WHOLE)
         return int(conversion.model.config.grid_size)  # type: ignore[attr-defined]
     if kind == "DallePytorchVAE":
         conversion = vae_conversion(file, "vae.", file.beside.get("vae_params"))
-        write_converted(conversion, path)
+        write_converted(conversion, path, shard_bytes=WHOLE)
         return int(conversion.model.config.grid_size)  # type: ignore[attr-defined]
     # OpenAI's, whose names are ours.
     halves = {

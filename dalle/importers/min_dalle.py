@@ -17,7 +17,7 @@ import torch
 
 from dalle.config import validate
 from dalle.importers.caption_files import min_dalle_tokenizer
-from dalle.importers.conversion import Conversion, Piece, Progress, on_meta, write_converted
+from dalle.importers.conversion import WHOLE, Conversion, Piece, Progress, on_meta, write_converted
 from dalle.importers.model_folders import imported_folder, write_pipeline_index
 from dalle.importers.settings import json_settings
 from dalle.importers.tensor_files import TensorEntry, TensorFile, open_tensors
@@ -134,7 +134,7 @@ def _write(
     codes = {"n_image_vocab": pictures.model.state_dict()["codebook.weight"].shape[0], "grid_size": grid}
     config = min_dalle_config(shapes, codes | changes, str(file.path))
     tokenizer = min_dalle_tokenizer(vocab, merges, config.n_text_tokens, config.n_text_vocab)
-    write_converted(pictures, folder.path / "dvae")
+    write_converted(pictures, folder.path / "dvae", shard_bytes=WHOLE)
     write_converted(
         Conversion(file, on_meta(MinDalle, config), pieces, dtype=dtype),
         folder.path / "transformer",

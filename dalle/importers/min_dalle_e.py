@@ -15,7 +15,7 @@ import torch
 
 from dalle.config import validate
 from dalle.importers.caption_files import min_dalle_e_tokenizer
-from dalle.importers.conversion import Conversion, Piece, Progress, on_meta, stacked, write_converted
+from dalle.importers.conversion import WHOLE, Conversion, Piece, Progress, on_meta, stacked, write_converted
 from dalle.importers.model_folders import imported_folder, write_pipeline_index
 from dalle.importers.tensor_files import TensorFile, open_tensors
 from dalle.importers.vqgan import find_prefix, vqgan_conversion
@@ -73,7 +73,7 @@ def import_min_dalle_e(
         captions = min_dalle_e_tokenizer(vocab, merges, n_text, n_vocab)
         config = min_dalle_e_config(file, {"pad_id": captions.config.pad_id} | dict(changes or {}))
         vae = vqgan_conversion(pictures, find_prefix(pictures), image_size=16 * config.grid_size)
-        write_converted(vae, made.path / "dvae")
+        write_converted(vae, made.path / "dvae", shard_bytes=WHOLE)
         write_converted(transformer_conversion(file, config, dtype), made.path / "transformer", progress)
         captions.save_pretrained(made.path / "tokenizer")
         write_pipeline_index(made, {"dvae": "VQGAN", "transformer": "MinDalleE"}, DEFAULTS)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dalle.config import validate
 from dalle.importers.caption_files import youtokentome
-from dalle.importers.conversion import Conversion, Piece, Progress, on_meta, rows, write_converted
+from dalle.importers.conversion import WHOLE, Conversion, Piece, Progress, on_meta, rows, write_converted
 from dalle.importers.model_folders import imported_folder, write_pipeline_index
 from dalle.importers.tensor_files import TensorFile, open_tensors
 from dalle.importers.vqgan import find_prefix, vqgan_conversion
@@ -72,7 +72,7 @@ def import_ru_dalle(
         config = ru_dalle_config(file, dict(changes or {}))
         vae = vqgan_conversion(pictures, find_prefix(pictures), image_size=8 * config.grid_size)
         captions = youtokentome(bpe, config.n_text_tokens, config.n_text_vocab, is_framed=True)
-        write_converted(vae, folder.path / "dvae")
+        write_converted(vae, folder.path / "dvae", shard_bytes=WHOLE)
         write_converted(transformer_conversion(file, config, dtype), folder.path / "transformer", progress)
         captions.save_pretrained(folder.path / "tokenizer")
         write_pipeline_index(folder, {"dvae": "VQGAN", "transformer": "RuDalle"}, DEFAULTS)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dalle.config import validate
-from dalle.importers.conversion import Conversion, Piece, Progress, on_meta, write_converted
+from dalle.importers.conversion import WHOLE, Conversion, Piece, Progress, on_meta, write_converted
 from dalle.importers.model_folders import imported_folder, write_image_tokenizer_index
 from dalle.importers.settings import yaml_number
 from dalle.importers.tensor_files import TensorFile, open_tensors
@@ -65,7 +65,7 @@ def import_vqgan(
     ):
         size = DEFAULT_IMAGE_SIZE if config is None else yaml_number(config, "resolution")
         conversion = vqgan_conversion(file, find_prefix(file), image_size=size, dtype=dtype)
-        write_converted(conversion, folder.path / "dvae", progress)
+        write_converted(conversion, folder.path / "dvae", progress, WHOLE)
         write_image_tokenizer_index(folder, "VQGAN")
 
 

@@ -25,7 +25,7 @@ from dalle.data.reading import BadSampleLog
 from dalle.data.source import Source
 from dalle.generation.precision import has_native_bfloat16
 from dalle.generation.request import ModelDefaults
-from dalle.model_folder import read_index, write_index, write_ranker_index
+from dalle.model_folder import COMPONENTS, read_index, write_index, write_ranker_index
 from dalle.training.card import write_card
 from dalle.training.loop import DTYPES
 from dalle.training.order import epoch_line
@@ -291,7 +291,7 @@ def finish(run: Run, write: Callable[[Run], None] = write_card) -> None:
     elif "transformer" in done:
         keep_given_clips(run)
         write(run)
-        write_index(run.out, _defaults(run))
+        write_index(run.out, _defaults(run), {name: run.kind(name) for name in COMPONENTS})
         logger.info("%s is a model now; next: dalle generate %s --model %s", run.out, caption, out)
     elif "clip" in done:
         write_ranker_index(run.out)

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from dalle.data.pair import Pair
 from dalle.data.tokens import Tokens
-from dalle.dvae import DiscreteVAE
 from dalle.evaluation.protocols import decode, first_captions, measure_losses
 from dalle.evaluation.sheets import pairs_sheet, spread
 from dalle.generation.engine import Engine
 from dalle.generation.request import GenerationOptions
+from dalle.image_tokenizer import ImageTokenizer
 from dalle.tokenizer import Tokenizer
 from dalle.training.order import Order, rng
 from dalle.training.processes import ALONE, World
@@ -49,7 +49,7 @@ class TransformerStage:
         model: Transformer,
         settings: TransformerTraining,
         tokenizer: Tokenizer,
-        dvae: DiscreteVAE,
+        dvae: ImageTokenizer,
         train: Sequences,
         held_out: Sequences,
         *,
