@@ -1,6 +1,7 @@
 """The command finetune: a finished model goes on learning from pictures of your own."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,12 @@ def finetune(
             "--set", metavar="K=V", help="Override a setting, such as transformer_training.epochs=30."
         ),
     ] = None,
+    lora: Annotated[
+        int | None,
+        typer.Option(
+            help="Train adapters of this rank alone, a few MB; published models, or ours. Needs dalle[lora]."
+        ),
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = None,
     quiet: Annotated[bool, typer.Option(help="No progress.")] = False,
@@ -32,7 +39,8 @@ def finetune(
     """Train a finished model on, on your own captioned pictures. Stop it at any time; run it again to go on."""
     log_to_stderr(quiet)
     from dalle.model_folder import model_folder
-    from dalle.training.finetune import finetune as run
+    from dalle.training.finetune import finetune as train_on
+    from dalle.training.finetune_published import finetune_published, is_for
     from dalle.training.loop import Stopped
     from dalle.training.memory import keep_freed_memory
     from dalle.training.processes import joined
@@ -45,6 +53,7 @@ def finetune(
     name = "bundled" if given is None else base.resolve().name if Path(given).is_dir() else given
     try:
         with joined(world, place):
+            run = partial(finetune_published, rank=lora) if is_for(base, lora) else train_on
             folder = run(
                 source,
                 out,
