@@ -57,6 +57,10 @@ class CLIPTokenizer:
         """Bytes and merges by name, without the two specials."""
         return dict(self._bpe.get_vocab())
 
+    def to_huggingface(self) -> str:
+        """Return the merges and their splitting as the JSON of Hugging Face `tokenizers`."""
+        return str(self._bpe.to_str())
+
     def encode(self, caption: str) -> list[int]:
         """Return the ids of a caption, without start and end."""
         caption = caption.encode("utf-8", "replace").decode()  # lone surrogates have no bytes

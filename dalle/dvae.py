@@ -505,6 +505,11 @@ class DiscreteVAE(nn.Module):
         return self.config.grid_size
 
     @property
+    def has_encoder(self) -> bool:
+        """Whether it can read pictures."""
+        return True
+
+    @property
     def n_codes(self) -> int:
         """Size of the codebook, K."""
         return self.config.n_codes

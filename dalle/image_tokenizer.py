@@ -36,6 +36,10 @@ class ImageTokenizer(Protocol):
     def n_codes(self) -> int:
         """Return the size of the codebook, K."""
 
+    @property
+    def has_encoder(self) -> bool:
+        """Say whether it can read pictures; some are published as decoders alone."""
+
     def encode(self, images: Tensor) -> Tensor:
         """Turn pictures (B, 3, H, W) in [0, 1] into tokens (B, G, G) int64."""
 

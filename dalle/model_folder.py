@@ -7,9 +7,11 @@ last and checked at every load.
 from __future__ import annotations
 
 import importlib.resources
+import os
 import re
 import shutil
 import tempfile
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +23,26 @@ from dalle.generation.request import ModelDefaults
 from dalle.generation.rerank import Ranker
 from dalle.image_tokenizer import ImageTokenizer
 from dalle.manifest import MANIFEST, VerifiedFolder, write_manifest
+from dalle.published.captions import CaptionTokenizer
+from dalle.published.dalle_pytorch import DallePytorch
+from dalle.published.dalle_pytorch_vae import DallePytorchVAE
+from dalle.published.min_dalle import MinDalle
+from dalle.published.min_dalle_e import MinDalleE
+from dalle.published.ru_dalle import RuDalle
+from dalle.published.vqgan import VQGAN
 from dalle.token_model import TokenModel
-from dalle.tokenizer import Tokenizer
+from dalle.tokenizer import TextTokenizer, Tokenizer
 from dalle.transformer import Transformer
 
-COMPONENTS = {"tokenizer": "Tokenizer", "dvae": "DiscreteVAE", "transformer": "Transformer"}
+TOKENIZERS = {kind.__name__: kind for kind in (Tokenizer, CaptionTokenizer)}
+IMAGE_TOKENIZERS = {kind.__name__: kind for kind in (DiscreteVAE, VQGAN, DallePytorchVAE)}
+TOKEN_MODELS = {kind.__name__: kind for kind in (Transformer, MinDalle, DallePytorch, RuDalle, MinDalleE)}
+COMPONENTS: dict[str, Collection[str]] = {  # and the classes that each may be of
+    "tokenizer": TOKENIZERS,
+    "dvae": IMAGE_TOKENIZERS,
+    "transformer": TOKEN_MODELS,
+}
+OURS = {"tokenizer": "Tokenizer", "dvae": "DiscreteVAE", "transformer": "Transformer"}
 OPTIONAL = {"clip": "CLIP", "judge": "CLIP"}  # ranks what is drawn; scores it in evaluations only
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 HUB_FILES = ["*.json", "README.md", "tokenizer/*", "dvae/*", "transformer/*", "clip/*", "judge/*"]
@@ -35,7 +52,7 @@ HUB_FILES = ["*.json", "README.md", "tokenizer/*", "dvae/*", "transformer/*", "c
 class Model:
     """The components of a model, and the folder that they came from."""
 
-    tokenizer: Tokenizer
+    tokenizer: TextTokenizer
     dvae: ImageTokenizer
     transformer: TokenModel
     defaults: ModelDefaults
@@ -50,14 +67,25 @@ def load_model(folder: Path) -> Model:
             f"{folder} has no model_index.json: it is no model folder, or its training has not finished"
         )
     verified = VerifiedFolder(folder)
+    defaults, kinds = read_index(folder / "model_index.json")
     return Model(
-        defaults=read_index(folder / "model_index.json"),
-        tokenizer=Tokenizer.from_pretrained(verified.component("tokenizer")),
-        dvae=DiscreteVAE.from_pretrained(verified.component("dvae")),
-        transformer=Transformer.from_pretrained(verified.component("transformer")),
+        defaults=defaults,
+        tokenizer=TOKENIZERS[kinds["tokenizer"]].from_pretrained(verified.component("tokenizer")),
+        dvae=load_image_tokenizer(verified.component("dvae"), kinds["dvae"]),
+        transformer=load_token_model(verified.component("transformer"), kinds["transformer"]),
         ranker=Ranker.from_pretrained(verified) if (folder / "clip").is_dir() else None,
         source=verified,
     )
+
+
+def load_image_tokenizer(folder: str | os.PathLike[str], kind: str) -> ImageTokenizer:
+    """Load an image tokenizer of a class that model_index.json names, in float32."""
+    return IMAGE_TOKENIZERS[kind].from_pretrained(folder).float()
+
+
+def load_token_model(folder: str | os.PathLike[str], kind: str) -> TokenModel:
+    """Load a token model of a class that model_index.json names, in the dtype that it is stored in (ours in float32)."""
+    return TOKEN_MODELS[kind].from_pretrained(folder)
 
 
 def save_model(model: Model, folder: Path) -> str:
@@ -108,10 +136,11 @@ def _write(model: Model, folder: Path) -> None:
             shutil.copytree(source / "judge", folder / "judge", dirs_exist_ok=True)
         if (source / "README.md").is_file():
             write_bytes(folder / "README.md", (source / "README.md").read_bytes())
-    write_index(folder, model.defaults)
+    parts = {"tokenizer": model.tokenizer, "dvae": model.dvae, "transformer": model.transformer}
+    write_index(folder, model.defaults, {name: type(part).__name__ for name, part in parts.items()})
 
 
-def check_fit(tokenizer: Tokenizer, dvae: ImageTokenizer, transformer: TokenModel) -> None:
+def check_fit(tokenizer: TextTokenizer, dvae: ImageTokenizer, transformer: TokenModel) -> None:
     """Raise ValueError when the components were not made for each other."""
     config = transformer.config
     pairs = [
@@ -127,15 +156,24 @@ def check_fit(tokenizer: Tokenizer, dvae: ImageTokenizer, transformer: TokenMode
             )
 
 
-def write_index(folder: Path, defaults: ModelDefaults) -> None:
-    """Turn a folder that holds the components into a model folder: model_index.json, then the manifest."""
-    index = {
+def write_index(
+    folder: Path,
+    defaults: ModelDefaults,
+    kinds: Mapping[str, str] | None = None,
+    imported_from: Sequence[Mapping[str, object]] = (),
+) -> None:
+    """Turn a folder that holds the components into a model folder: model_index.json, then the manifest.
+
+    `kinds` names the class of each component, ours when None; `imported_from` the files that it was made of.
+    """
+    index: dict[str, object] = {
         "_class_name": "DallePipeline",
         "_dalle_version": __version__,
-        "components": COMPONENTS
-        | {name: kind for name, kind in OPTIONAL.items() if (folder / name).is_dir()},
+        "components": {**(OURS if kinds is None else kinds), **_optional(folder)},
         "defaults": defaults.model_dump(),
     }
+    if imported_from:
+        index["imported_from"] = list(imported_from)
     write_json(folder / "model_index.json", index)
     write_manifest(folder)  # last: without it the folder is not a model
 
@@ -190,20 +228,39 @@ def model_folder(
         raise ValueError(f"{source} not found locally or on the Hub: {one_line(error)}") from error
 
 
-def read_index(path: Path) -> ModelDefaults:
-    """Check model_index.json and return the model's default settings."""
+def read_index(path: Path) -> tuple[ModelDefaults, dict[str, str]]:
+    """Check model_index.json and return the model's default settings, and the class of each component."""
     index = read_json(path)
     name = index.get("_class_name") if isinstance(index, dict) else None
     if name != "DallePipeline":
         raise ValueError(f"{path} describes {name!r}; dalle reads models of class 'DallePipeline'")
     components = index.get("components")
-    there = {name: kind for name, kind in OPTIONAL.items() if (path.parent / name).is_dir()}
-    if components != COMPONENTS | there:
+    own = {name: str(components.get(name)) for name in COMPONENTS} if isinstance(components, dict) else {}
+    is_known = all(own.get(name) in kinds for name, kinds in COMPONENTS.items())
+    if not is_known or components != own | _optional(path.parent):
         raise ValueError(
-            f"{path} lists components {components}; dalle {__version__} reads {COMPONENTS | there} here:"
-            f" install the dalle that wrote it ({index.get('_dalle_version')})"
+            f"{path} lists components {components}; dalle {__version__} reads {OURS | _optional(path.parent)} here,"
+            f" or those of an import: install the dalle that wrote it ({index.get('_dalle_version')})"
         )
-    return validate(ModelDefaults, index.get("defaults", {}), f"{path}: defaults")
+    return validate(ModelDefaults, index.get("defaults", {}), f"{path}: defaults"), own
+
+
+def component_kind(folder: Path, name: str) -> str:
+    """Return the class of one component of a model folder, or of a component that stands alone; ours where none is named.
+
+    Raises ValueError for a class that is not known here.
+    """
+    path = folder / "model_index.json"
+    index = read_json(path) if path.is_file() else None
+    components = index.get("components") if isinstance(index, dict) else None
+    kind = components.get(name, OURS[name]) if isinstance(components, dict) else OURS[name]
+    if kind not in COMPONENTS[name]:
+        raise ValueError(f"{path}: {name} is of class {kind!r}; known are {', '.join(COMPONENTS[name])}")
+    return str(kind)
+
+
+def _optional(folder: Path) -> dict[str, str]:
+    return {name: kind for name, kind in OPTIONAL.items() if (folder / name).is_dir()}
 
 
 def one_line(error: Exception) -> str:

@@ -32,14 +32,14 @@ from dalle.model_folder import (
     Model,
     check_fit,
     load_model,
+    load_token_model,
     model_folder,
     model_sha256,
     push_model,
     save_model,
 )
 from dalle.token_model import TokenModel
-from dalle.tokenizer import Tokenizer
-from dalle.transformer import Transformer
+from dalle.tokenizer import TextTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class DallePipeline:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: TextTokenizer,
         dvae: ImageTokenizer,
         transformer: TokenModel,
         defaults: GenerationOptions | None = None,
@@ -151,7 +151,7 @@ class DallePipeline:
         return self.sampler.defaults
 
     @property
-    def components(self) -> dict[str, Tokenizer | ImageTokenizer | TokenModel]:
+    def components(self) -> dict[str, TextTokenizer | ImageTokenizer | TokenModel]:
         """Return the parts by name, as the constructor takes them."""
         return {"tokenizer": self.tokenizer, "dvae": self.dvae, "transformer": self.transformer}
 
@@ -203,14 +203,16 @@ class DallePipeline:
         parts = (self.tokenizer, self.dvae, self.transformer, self.defaults, self.ranker)
         return Model(*parts, source=self._source)
 
-    def _load_transformer(self, dtype: torch.dtype) -> Transformer:
+    def _load_transformer(self, dtype: torch.dtype) -> TokenModel:
         """Read the transformer again, in another dtype than it is held in, so that no digits are missing."""
         if self._source is None:
             raise ValueError(
                 f"recipe is of {dtype_name(dtype)}; this model is held in {dtype_name(held_dtype(self.dtype))} only:"
                 " load it from its folder"
             )
-        return Transformer.from_pretrained(self._source.path / "transformer").to(self.device, dtype)
+        model = load_token_model(self._source.path / "transformer", type(self.transformer).__name__)
+        model.to(self.device, dtype)
+        return model
 
     # Draw
 

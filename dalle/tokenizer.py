@@ -18,6 +18,7 @@ import string
 from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +38,44 @@ MIN_PAIR_COUNT = 2
 CONTINUATION = "##"
 # Decoding without space tokens: after these a word is set apart as after a word.
 CLOSING_MARKS = ",.;:!?)"
+
+
+class TextTokenizer(Protocol):
+    """What turns captions into the ids that a token model reads, ours or other people's."""
+
+    @property
+    def n_vocab(self) -> int:
+        """Return the ids that a caption may hold, V."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Return the text positions, T."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a sha256 (hexadecimal) of the tokenizer."""
+
+    def count(self, caption: str) -> int:
+        """Return the number of tokens of a caption, whatever the limit."""
+
+    def encode(
+        self,
+        caption: str,
+        *,
+        truncate: bool = False,
+        dropout: float = 0.0,
+        rng: np.random.Generator | None = None,
+    ) -> list[int]:
+        """Return the ids of a caption, without pads; ValueError where it is too long."""
+
+    def pad(self, ids: Sequence[int]) -> npt.NDArray[np.int64]:
+        """Fill ids up to (T,) int64."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of ids."""
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a component folder."""
 
 
 class TokenizerConfig(Config):

@@ -668,7 +668,18 @@ def test_rerun_of_a_picture_without_a_recipe_is_one_line(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["vqgan", "a.pkl", "b.pkl"], "import kind 'vqgan' is unknown: use openai-dvae"),
+        (["vae", "a.pkl", "b.pkl"], "import kind 'vae' is unknown: use openai-dvae"),
+        (["llamagen", "a.pt"], "llamagen is not read: its text-to-image models read features of a frozen"),
+        (["cogview", "a.pt"], "cogview is not read: its 4 billion parameters are split"),
+        (["vqgan", "a.ckpt"], "a.ckpt: no such file"),
+        (["vqgan", "JUNK"], "junk.pkl is not a file of torch.save, or is damaged"),
+        (["vqgan", "a.ckpt", "--dtype", "float16"], "vqgan takes neither --set nor --dtype"),
+        (
+            ["min-dalle", "a.pt"],
+            "min-dalle takes encoder.pt decoder.pt detoker.pt vocab.json merges.txt; got 1",
+        ),
+        (["dalle-pytorch", "JUNK", "a.json"], "junk.pkl is not a file of torch.save, or is damaged"),
+        (["dalle-pytorch", "a.pt", "b", "--dtype", "int8"], "dtype is int8; allowed are float32, bfloat16"),
         (["openai-dvae", "a.pkl"], "openai-dvae takes encoder.pkl and decoder.pkl; got 1 files"),
         (["hf-clip", "a", "b"], "hf-clip takes the folder of a transformers CLIPModel; got 2"),
         (["hf-clip", "a"], "a/config.json"),

@@ -1,5 +1,6 @@
 """The command finetune: a finished model goes on learning from pictures of your own."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +32,12 @@ def finetune(
             "--set", metavar="K=V", help="Override a setting, such as transformer_training.epochs=30."
         ),
     ] = None,
+    lora: Annotated[
+        int | None,
+        typer.Option(
+            help="Train adapters of this rank alone, a few MB; published models, or ours. Needs dalle[lora]."
+        ),
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = None,
     quiet: Annotated[bool, typer.Option(help="No progress.")] = False,
@@ -39,12 +46,14 @@ def finetune(
     """Train a finished model on, on your own captioned pictures. Stop it at any time; run it again to go on."""
     log_to_stderr(quiet)
     from dalle.model_folder import model_folder
-    from dalle.training.finetune import finetune as run
+    from dalle.training.finetune import finetune as train_on
+    from dalle.training.finetune_published import finetune_published, is_for
 
     given = None if start == "bundled" else start
     base = model_folder(given)
     name = "bundled" if given is None else base.resolve().name if Path(given).is_dir() else given
     with trained_on(device) as (world, place):
+        run = partial(finetune_published, rank=lora) if is_for(base, lora) else train_on
         folder = run(
             source,
             out,

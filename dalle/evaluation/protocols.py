@@ -19,7 +19,7 @@ from dalle.evaluation.metrics import Reconstruction
 from dalle.image_tokenizer import ImageTokenizer
 from dalle.pipeline import DallePipeline
 from dalle.token_model import TokenModel
-from dalle.tokenizer import Tokenizer
+from dalle.tokenizer import TextTokenizer
 
 BATCH = 64  # captions scored and rows drawn at once
 DVAE_BATCH = 16  # pictures in the dVAE at once: its full-resolution activations are what fills memory
@@ -98,7 +98,7 @@ def measure_losses(
     return CaptionLosses(text_sum / n, image_sum / n, shuffled_sum / n, total / n)
 
 
-def first_captions(pairs: Iterable[Pair], tokenizer: Tokenizer) -> tuple[Tensor, int]:
+def first_captions(pairs: Iterable[Pair], tokenizer: TextTokenizer) -> tuple[Tensor, int]:
     """The first caption of each pair, (M, T) int64, and how many of them had to be cut."""
     rows, n_truncated = [], 0
     for pair in pairs:

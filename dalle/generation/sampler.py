@@ -20,12 +20,19 @@ from dalle.generation.batch import Batch, plan_batches
 from dalle.generation.completion import complete, region_to_draw, square_on_white
 from dalle.generation.engine import Engine, RowCallback, default_rows_per_batch
 from dalle.generation.precision import decode_threads, threads
-from dalle.generation.request import CaptionRequest, ImageRequest, ModelDefaults, Truncation, blaming
+from dalle.generation.request import (
+    CaptionRequest,
+    ImageRequest,
+    InvalidRequest,
+    ModelDefaults,
+    Truncation,
+    blaming,
+)
 from dalle.generation.rerank import CHUNK, Ranker
 from dalle.image_tokenizer import ImageTokenizer
 from dalle.images import to_images, to_tensor
 from dalle.token_model import TokenModel
-from dalle.tokenizer import Tokenizer
+from dalle.tokenizer import TextTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +42,7 @@ class Sampler:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: TextTokenizer,
         dvae: ImageTokenizer,
         transformer: TokenModel,
         defaults: ModelDefaults | None = None,
@@ -65,6 +72,11 @@ class Sampler:
         seeds, options = request.seeds(len(request.prompt) * n), request.options(self.defaults)
         region, picture = region_to_draw(request, self.dvae.grid_size), None
         if request.image is not None:
+            if not self.dvae.has_encoder:
+                raise InvalidRequest(
+                    "image",
+                    "this model's image tokenizer was published without its encoder: it cannot read a picture to complete",
+                )
             picture = to_tensor([square_on_white(request.image, self.dvae.image_size)])[0]  # (3, H, W)
         with blaming("prompt"):
             texts = [self.read(caption, request.truncate) for caption in request.prompt]

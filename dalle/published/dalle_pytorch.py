@@ -27,6 +27,7 @@ from dalle.published.stream import (
     Stream,
     attend_step,
     check_text,
+    norm_in_float32,
     repeat_rows,
     split_heads,
     weighted_losses,
@@ -231,8 +232,9 @@ class DallePytorch(SavedModule):
 
             return run
 
-        x = self._run(x, attend, lambda _, read: self._shift(read, grid))
-        return self.text_head(self.norm(x[:, :n_text])).float(), self.head(self.norm(x[:, n_text:])).float()
+        x = self.norm(self._run(x, attend, lambda _, read: self._shift(read, grid)))
+        text_logits = self.text_head(x[:, :n_text].to(self.text_head.weight.dtype))
+        return text_logits.float(), self.head(x[:, n_text:]).float()
 
     def loss(self, text: Tensor, image: Tensor) -> Losses:
         """Return (text + 7 * image) / 8 and both cross-entropies, in nats per token; pads are targets too."""
@@ -300,11 +302,11 @@ class DallePytorch(SavedModule):
         """Return what the heads read of states (..., C)."""
         if self.config.is_stable:
             state = state / state.amax(dim=-1, keepdim=True)
-        return cast(Tensor, self.final_norm(state))
+        return norm_in_float32(self.final_norm, state)
 
     def head(self, normed: Tensor) -> Tensor:
         """Return logits (..., K) of the codes."""
-        return cast(Tensor, self.image_head(normed))
+        return cast(Tensor, self.image_head(normed.to(self.image_head.weight.dtype)))
 
     def null_text(self) -> Tensor:
         """Return the empty caption, (T,): padding everywhere."""

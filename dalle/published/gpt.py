@@ -24,6 +24,7 @@ from dalle.published.stream import (
     SlotCache,
     Stream,
     attend_step,
+    norm_in_float32,
     repeat_rows,
     split_heads,
     weighted_losses,
@@ -135,7 +136,9 @@ class SlotGPT(SavedModule):
             x = layer.finish(x, attended.transpose(1, 2).flatten(2))
         x = self.norm(x)
         last = self.n_caption - 1
-        return self.text_head(x[:, :last]).float(), self.head(x[:, last:]).float()
+        return self.text_head(x[:, :last].to(self.text_head.weight.dtype)).float(), self.head(
+            x[:, last:]
+        ).float()
 
     def loss(self, text: Tensor, image: Tensor) -> Losses:
         """Return (text + 7 * image) / 8 and both cross-entropies, in nats per token."""
@@ -177,11 +180,11 @@ class SlotGPT(SavedModule):
 
     def norm(self, state: Tensor) -> Tensor:
         """Return what the heads read of states (..., C)."""
-        return cast(Tensor, self.final_norm(state))
+        return norm_in_float32(self.final_norm, state)
 
     def head(self, normed: Tensor) -> Tensor:
         """Return logits (..., K) of the codes."""
-        return cast(Tensor, self.image_head(normed))
+        return cast(Tensor, self.image_head(normed.to(self.image_head.weight.dtype)))
 
     def _mask_rows(self, kind: str) -> MaskRows:
         if kind not in self._rows:

@@ -27,6 +27,7 @@ from dalle.published.stream import (
     attend_step,
     by_caption,
     check_text,
+    norm_in_float32,
     repeat_rows,
     split_heads,
 )
@@ -231,14 +232,14 @@ class MinDalle(SavedModule):
         """Take in the next image token of each picture, (R,) -> states (R, C) that predict the one after."""
         return self._read(tokens, stream)
 
-    @torch.no_grad()
     def norm(self, state: Tensor) -> Tensor:
         """Return what the image head reads of states (..., C)."""
-        return cast(Tensor, self.decoder.norm(state))
+        return norm_in_float32(self.decoder.norm, state)
 
     def head(self, normed: Tensor) -> Tensor:
         """Return logits (..., K) of the codes; the decoder's own ids are never drawn."""
-        return F.linear(normed, self.image_head.weight[: self.config.n_image_vocab])
+        weight = self.image_head.weight[: self.config.n_image_vocab]
+        return F.linear(normed.to(weight.dtype), weight)
 
     def null_text(self) -> Tensor:
         """Return the caption that guidance is away from, (T,): <s></s>."""

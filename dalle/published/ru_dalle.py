@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dalle.published.gpt import Block, GPTConfig, SlotGPT
-from dalle.published.stream import check_text
+from dalle.published.stream import check_text, norm_in_float32
 
 CONV_KERNEL = 11
 
@@ -121,7 +121,7 @@ class RuDalle(SlotGPT):
 
     def norm(self, state: Tensor) -> Tensor:
         """Return what the heads read of states (..., C)."""
-        return cast(Tensor, self.final_norm(self.stream_norm(state)))
+        return norm_in_float32(self.final_norm, norm_in_float32(self.stream_norm, state))
 
     def null_text(self) -> Tensor:
         """Return the empty caption, (T,)."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 KeysValues = tuple[Tensor, Tensor]
@@ -70,14 +70,14 @@ def attend_step(q: Tensor, cache: SlotCache, rows: MaskRows, position: int, coun
     if hidden is not None:
         read = read.masked_fill(~hidden.to(q.device), -torch.inf)
     places = rows.images[position]
-    seen_places = places if isinstance(places, slice) else places.to(q.device)
-    keys, values = cache.images[:, :, :, seen_places].unbind(0)  # (R, H, W, D) each
+    keys, values = cache.images[:, :, :, places if isinstance(places, slice) else places.to(q.device)]
     seen = (q[:, :, None] @ keys.mT)[:, :, 0]  # (R, H, W)
     shares = torch.cat([read, seen], dim=-1).softmax(dim=-1)
     n_caption = read.shape[-1]
-    mixed: Tensor = by_caption(shares[..., :n_caption], cache.captions[1], counts)
+    mixed = by_caption(shares[..., :n_caption], cache.captions[1], counts)
     mixed = mixed + (shares[:, :, None, n_caption:] @ values)[:, :, 0]  # (R, H, D)
-    return mixed.flatten(1)
+    attended: Tensor = mixed.reshape(len(mixed), -1)
+    return attended
 
 
 def by_caption(x: Tensor, matrices: Tensor, counts: Sequence[int]) -> Tensor:
@@ -95,6 +95,11 @@ def by_caption(x: Tensor, matrices: Tensor, counts: Sequence[int]) -> Tensor:
 def split_heads(x: Tensor, n_heads: int) -> Tensor:
     """(B, S, H * D) -> (B, H, S, D)."""
     return x.view(*x.shape[:2], n_heads, -1).transpose(1, 2)
+
+
+def norm_in_float32(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """Apply a layer norm in float32: guidance mixes two of its results, and would multiply a rounding."""
+    return F.layer_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
 
 
 def repeat_rows(x: Tensor, counts: Sequence[int]) -> Tensor:

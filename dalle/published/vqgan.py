@@ -231,13 +231,18 @@ class VQGAN(SavedModule):
 
     @property
     def output_size(self) -> int:
-        """Pixels a side, as read."""
+        """Pixels a side of what `decode` gives: the same."""
         return self.config.image_size
 
     @property
     def grid_size(self) -> int:
         """Tokens a side, G."""
         return self.config.grid_size
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether it can read pictures."""
+        return self.config.has_encoder
 
     @property
     def n_codes(self) -> int:
@@ -269,21 +274,25 @@ class VQGAN(SavedModule):
         return nearest_codes(latents, self.codebook.weight)
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Return images (B, 3, H, W) in [0, 1] of tokens (B, G, G) in [0, K), or their top of the first grid rows.
+        """Return the top of images, (B, 3, g * H / G, W) in [0, 1], of the first g grid rows of tokens, (B, g, G).
 
-        Raises ValueError for other tokens.
+        Raises ValueError for more rows, or codes that are not in [0, K).
         """
-        grid, n_codes = self.grid_size, self.n_codes
-        if tokens.ndim != 3 or tokens.shape[2] != grid or not 1 <= tokens.shape[1] <= grid:
-            raise ValueError(
-                f"tokens have shape {tuple(tokens.shape)}; this VQGAN decodes (batch, {grid}, {grid})"
-            )
-        low, high = (int(tokens.min()), int(tokens.max())) if tokens.numel() else (0, 0)
-        if not 0 <= low <= high < n_codes:
-            raise ValueError(f"tokens range from {low} to {high}; this VQGAN has codes 0 to {n_codes - 1}")
+        check_tokens(tokens, self.grid_size, self.n_codes)
         codes = self.codebook(tokens.long()).permute(0, 3, 1, 2)  # (B, D, G, G)
         pixels: Tensor = self.decoder(self.from_code(codes)).float()
         return (((pixels + 1) / 2) if self.config.is_signed else pixels).clamp(0, 1)
+
+
+def check_tokens(tokens: Tensor, grid: int, n_codes: int) -> None:
+    """Raise ValueError for tokens that are not (batch, 1..grid, grid) or not in [0, n_codes)."""
+    if tokens.ndim != 3 or tokens.shape[2] != grid or not 0 < tokens.shape[1] <= grid:
+        raise ValueError(
+            f"tokens have shape {tuple(tokens.shape)}; decoded are (batch, up to {grid}, {grid})"
+        )
+    low, high = (int(tokens.min()), int(tokens.max())) if tokens.numel() else (0, 0)
+    if not 0 <= low <= high < n_codes:
+        raise ValueError(f"tokens range from {low} to {high}; there are codes 0 to {n_codes - 1}")
 
 
 def nearest_codes(latents: Tensor, codebook: Tensor) -> Tensor:

@@ -51,8 +51,8 @@ def write_card(run: Run, command: str = "train", results: Sequence[str] = ()) ->
         f"- Data: {run.data_name}, {len(run.pairs):,} captioned pictures ({counts}); fingerprint",
         f"  `{run.pairs.fingerprint}`.",
         f"- Licences of the pictures: {', '.join(licences) or 'not recorded in the data'}.",
-        f"- dVAE: {dvae['image_size']} px -> {dvae['image_size'] // 8}x{dvae['image_size'] // 8} tokens of "
-        f"{dvae['n_codes']} ({dvae['quantizer']}){_drawn(dvae)}.",
+        f"- dVAE: {dvae['image_size']} px -> {transformer['grid_size']}x{transformer['grid_size']} tokens of "
+        f"{dvae['n_codes']} ({dvae.get('quantizer', 'likeliest code')}){_drawn(dvae)}.",
         *_features(run),
         f"- Transformer: {transformer['n_layers']} layers x {transformer['n_heads'] * transformer['d_head']}, "
         f"{transformer['n_text_tokens']} text tokens.",

@@ -18,10 +18,10 @@ from dalle import images
 from dalle.clip import CLIP, resized
 from dalle.data.pair import Pair
 from dalle.data.reading import BadSampleLog
-from dalle.dvae import DiscreteVAE
 from dalle.evaluation.protocols import first_captions
 from dalle.evaluation.sheets import pairs_sheet, spread
 from dalle.evaluation.zero_shot import retrieval_ranks
+from dalle.image_tokenizer import ImageTokenizer
 from dalle.tokenizer import Tokenizer
 from dalle.training.contrastive import cached_backward, gathered_loss
 from dalle.training.distributed import Layout
@@ -49,7 +49,7 @@ class CLIPStage:
         model: CLIP,
         settings: CLIPTraining,
         tokenizer: Tokenizer,
-        dvae: DiscreteVAE | None,
+        dvae: ImageTokenizer | None,
         train: list[Pair],
         held_out: list[Pair],
         bad: BadSampleLog,
@@ -114,10 +114,10 @@ class CLIPStage:
         ]
         if not rows or self.dvae is None:
             return pictures
-        side, size = self.dvae.config.image_size, pictures.shape[-1]
+        side, size = self.dvae.image_size, pictures.shape[-1]
         chosen = resized(pictures[rows], side).to(next(self.dvae.parameters()).device)
         changed = pictures.clone()
-        changed[rows] = resized(self.dvae.reconstruct(chosen).float().cpu(), size)
+        changed[rows] = resized(self.dvae.decode(self.dvae.encode(chosen)).float().cpu(), size)
         return changed
 
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -162,7 +162,7 @@ def recipe_for(base: Path, n_train: int, settings: Sequence[str] = ()) -> Recipe
     parts = _parts(base)
     tree: dict[str, Any] = {
         "weights": _stored_dtype(base),
-        "sampling": read_index(base / "model_index.json").model_dump(),
+        "sampling": read_index(base / "model_index.json")[0].model_dump(),
         **parts,
         **{
             stage: dict(table)

@@ -12,6 +12,10 @@ from dalle.config import Config, differences, load_preset, override, validate
 from dalle.dvae import DVAEConfig
 from dalle.files import read_json
 from dalle.generation.request import ModelDefaults
+from dalle.image_tokenizer import ImageTokenizer
+from dalle.model_folder import OURS, component_kind
+from dalle.published.dalle_pytorch_vae import DallePytorchVAEConfig
+from dalle.published.vqgan import VQGANConfig
 from dalle.tokenizer import TokenizerConfig
 from dalle.transformer import TransformerConfig
 
@@ -260,17 +264,33 @@ def load_recipe(preset: str, settings: Sequence[str]) -> Recipe:
     return validate(Recipe, tree, preset)
 
 
+PUBLISHED_TOKENIZERS: dict[str, type[VQGANConfig] | type[DallePytorchVAEConfig]] = {
+    "VQGAN": VQGANConfig,
+    "DallePytorchVAE": DallePytorchVAEConfig,
+}
+
+
 def with_given(recipe: Recipe, folder: Path) -> tuple[Recipe, list[str]]:
     """The recipe with the sizes of the components in `folder`, and what that changes: "transformer.n_layers: 2 -> 6".
 
     A run records what it uses, not what its settings asked for. The sizes of the dVAE's own decoder are the recipe's:
     stage decoder may train another one.
     """
-    tree = recipe.model_dump()
+    tree, said = recipe.model_dump(), list[str]()
+    for name in ("tokenizer", "transformer"):
+        kind = component_kind(folder, name)
+        if kind != OURS[name]:
+            raise ValueError(
+                f"{folder}: its {name} is a {kind}, which train does not go on from: use dalle finetune"
+            )
     for name in ("tokenizer", "dvae", "transformer", "clip"):
         path = folder / name / "config.json"
         config = read_json(path) if path.is_file() else None
         if tree[name] is None or not isinstance(config, dict):
+            continue
+        if name == "dvae" and (kind := component_kind(folder, "dvae")) != OURS["dvae"]:
+            tree["decoder_training"] = None  # theirs is no part of ours
+            said.append(_of_published(kind, config, str(path), recipe.dvae))
             continue
         if name == "dvae":
             given = validate(DVAEConfig, config, str(path))
@@ -284,11 +304,26 @@ def with_given(recipe: Recipe, folder: Path) -> tuple[Recipe, list[str]]:
     if tree["dvae"]["quantizer"] == "fsq":
         tree["dvae_training"] |= {key: DVAETraining.model_fields[key].default for key in RELAXATION}
     found = validate(Recipe, tree, str(folder))
-    return found, differences(recipe.model_dump(mode="json"), found.model_dump(mode="json"))
+    return found, [*said, *differences(recipe.model_dump(mode="json"), found.model_dump(mode="json"))]
+
+
+def _of_published(kind: str, config: dict[str, Any], source: str, preset: DVAEConfig) -> str:
+    """Say what a given image tokenizer of other people decides; ValueError for one that cannot read pictures."""
+    sizes = validate(PUBLISHED_TOKENIZERS[kind], config, source)
+    if not getattr(sizes, "has_encoder", True):
+        raise ValueError(
+            f"{source}: this {kind} was published without its encoder: it cannot be a first stage"
+        )
+    numbers = {"image_size": preset.image_size, "grid_size": preset.grid_size, "n_codes": preset.n_codes}
+    given = {name: getattr(sizes, name) for name in numbers}
+    return f"dvae: the given {kind} has " + ", ".join(
+        f"{name} {given[name]}" + (f" (preset: {number})" if given[name] != number else "")
+        for name, number in numbers.items()
+    )
 
 
 def transformer_config(
-    shape: TransformerShape, dvae: DVAEConfig, n_text_vocab: int, n_text_tokens: int
+    shape: TransformerShape, dvae: DVAEConfig | ImageTokenizer, n_text_vocab: int, n_text_tokens: int
 ) -> TransformerConfig:
     """The transformer that reads `n_text_tokens` tokens of a tokenizer and writes the grid of a dVAE."""
     return TransformerConfig(

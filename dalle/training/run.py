@@ -12,6 +12,7 @@ from dalle.config import differences
 from dalle.data.pairs import PairSet
 from dalle.data.reading import BadSampleLog
 from dalle.data.source import Source
+from dalle.model_folder import OURS, component_kind
 from dalle.training.processes import ALONE, World
 from dalle.training.recipe import Recipe
 
@@ -54,6 +55,12 @@ class Run:
         """The folder of `component` in --init-from, if it is there."""
         folder = self.init_from / component if self.init_from else None
         return folder if folder and folder.is_dir() else None
+
+    def kind(self, component: str) -> str:
+        """Return the class of a component: ours, or that of the given one."""
+        if self.init_from is None or self.given(component) is None:
+            return OURS[component]
+        return component_kind(self.init_from, component)
 
     def records(self) -> dict[str, dict[str, Any]]:
         """What run/stages.json says of each finished stage: its inputs and the hash of its result."""

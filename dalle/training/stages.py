@@ -15,7 +15,8 @@ from dalle.config import Config, validate
 from dalle.data.tokens import Crop, TokenStore, encode_part
 from dalle.dvae import DiscreteVAE, DVAEConfig
 from dalle.generation.rerank import Ranker
-from dalle.model_folder import OPTIONAL, check_fit
+from dalle.image_tokenizer import ImageTokenizer
+from dalle.model_folder import OPTIONAL, check_fit, load_image_tokenizer
 from dalle.tokenizer import Tokenizer
 from dalle.training.clip import CLIPStage
 from dalle.training.decoder import DecoderStage
@@ -68,7 +69,7 @@ def tokens_folder(run: Run) -> Path:
     return run.out / "dvae" if run.recipe.decoder_training is None else run.folder / "dvae"
 
 
-def dvae_stage(run: Run) -> DiscreteVAE:
+def dvae_stage(run: Run) -> ImageTokenizer:
     recipe, folder = run.recipe, tokens_folder(run)
     given = run.given("dvae")
     config = recipe.dvae if recipe.decoder_training is None else recipe.dvae.mirrored()
@@ -81,11 +82,13 @@ def dvae_stage(run: Run) -> DiscreteVAE:
         inputs = {"given": files.file_sha256(given / "model.safetensors")}
         with run.world.main_first():
             if not run.finished("dvae", inputs, _file_hash(folder / "model.safetensors")):
-                DiscreteVAE.from_pretrained(given)  # refuses a damaged one
+                load_image_tokenizer(given, run.kind("dvae"))  # refuses a damaged one
                 logger.info("dvae: reused from %s, not trained; [dvae_training] has no effect", given)
                 _copy(given, folder, "model.safetensors")
                 run.record("dvae", inputs, files.file_sha256(folder / "model.safetensors"))
-        return DiscreteVAE.from_pretrained(folder).to(run.device).eval()
+        reused = load_image_tokenizer(folder, run.kind("dvae"))
+        reused.to(run.device)
+        return reused
     if given:
         inputs |= {"model": {}, "given": files.file_sha256(given / "model.safetensors")}
     if not run.finished("dvae", inputs, _file_hash(folder / "model.safetensors")):
@@ -190,7 +193,7 @@ def _train_decoder(
     _save(run, "decoder", wanted, lambda: encoder | _stored(run, decoder), inputs, folder)
 
 
-def transformer_stage(run: Run, tokenizer: Tokenizer, dvae: DiscreteVAE) -> None:
+def transformer_stage(run: Run, tokenizer: Tokenizer, dvae: ImageTokenizer) -> None:
     recipe, folder = run.recipe, run.out / "transformer"
     given = run.given("transformer")
     inputs: dict[str, Any] = {
@@ -210,7 +213,7 @@ def transformer_stage(run: Run, tokenizer: Tokenizer, dvae: DiscreteVAE) -> None
         model = Transformer.from_pretrained(given)
         logger.info("transformer: goes on from the weights in %s", given)
     else:
-        config = transformer_config(recipe.transformer, dvae.config, tokenizer.n_vocab, tokenizer.max_tokens)
+        config = transformer_config(recipe.transformer, dvae, tokenizer.n_vocab, tokenizer.max_tokens)
         model = Transformer(config)
     check_fit(tokenizer, dvae, model)
     model.to(device=run.device, dtype=torch.float32)
@@ -234,7 +237,7 @@ def transformer_stage(run: Run, tokenizer: Tokenizer, dvae: DiscreteVAE) -> None
     _save(run, "transformer", model.config, lambda: _stored(run, state), inputs, folder)
 
 
-def clip_stage(run: Run, tokenizer: Tokenizer, dvae: DiscreteVAE | None) -> None:
+def clip_stage(run: Run, tokenizer: Tokenizer, dvae: ImageTokenizer | None) -> None:
     recipe, folder, given = run.recipe, run.out / "clip", run.given("clip")
     assert recipe.clip is not None and recipe.clip_training is not None  # the recipe's validator said so
     drawing = run.out / "dvae" if "decoder" in run.records() else tokens_folder(run)
@@ -300,7 +303,7 @@ def keep_given_clips(run: Run) -> None:
             files.write_bytes(run.out / name / path.name, path.read_bytes())
 
 
-def _encode(run: Run, dvae: DiscreteVAE) -> list[TokenStore]:
+def _encode(run: Run, dvae: ImageTokenizer) -> list[TokenStore]:
     """All pictures as tokens, as often as the recipe says; held-out ones are looked at in the first encoding."""
     training, seed = run.recipe.transformer_training, run.recipe.seed
     further: Crop = "near" if training.crop == "center" else training.crop

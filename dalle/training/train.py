@@ -25,7 +25,7 @@ from dalle.data.reading import BadSampleLog
 from dalle.data.source import Source
 from dalle.generation.precision import has_native_bfloat16
 from dalle.generation.request import ModelDefaults
-from dalle.model_folder import read_index, write_index, write_ranker_index
+from dalle.model_folder import COMPONENTS, read_index, write_index, write_ranker_index
 from dalle.training.card import write_card
 from dalle.training.loop import DTYPES
 from dalle.training.order import epoch_line
@@ -292,7 +292,7 @@ def finish(run: Run, write: Callable[[Run], None] = write_card) -> None:
     elif "transformer" in done:
         keep_given_clips(run)
         write(run)
-        write_index(run.out, _defaults(run))
+        write_index(run.out, _defaults(run), {name: run.kind(name) for name in COMPONENTS})
         logger.info("%s is a model now; next: dalle generate %s --model %s", run.out, caption, out)
     elif "clip" in done:
         write_ranker_index(run.out)
@@ -305,4 +305,4 @@ def _defaults(run: Run) -> ModelDefaults:
     """How the finished model draws: by the recipe; a transformer that was kept as given, as it did."""
     index = run.init_from / "model_index.json" if run.init_from else None
     kept = set(run.records()["transformer"]["inputs"]) == {"given"}
-    return read_index(index) if kept and index is not None and index.is_file() else run.recipe.sampling
+    return read_index(index)[0] if kept and index is not None and index.is_file() else run.recipe.sampling

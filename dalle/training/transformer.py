@@ -5,20 +5,22 @@ Shapes: B batch, T text slots, N image tokens.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import cast
 
 import numpy as np
 import torch
 from PIL.Image import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from dalle.data.pair import Pair
 from dalle.data.tokens import Tokens
-from dalle.dvae import DiscreteVAE
 from dalle.evaluation.protocols import decode, first_captions, measure_losses
 from dalle.evaluation.sheets import pairs_sheet, spread
 from dalle.generation.engine import Engine
 from dalle.generation.request import GenerationOptions
-from dalle.tokenizer import Tokenizer
+from dalle.image_tokenizer import ImageTokenizer
+from dalle.token_model import TokenModel
+from dalle.tokenizer import TextTokenizer
 from dalle.training.order import Order, rng
 from dalle.training.processes import ALONE, World
 from dalle.training.recipe import Balance, TransformerTraining
@@ -46,10 +48,10 @@ class TransformerStage:
 
     def __init__(
         self,
-        model: Transformer,
+        model: nn.Module,
         settings: TransformerTraining,
-        tokenizer: Tokenizer,
-        dvae: DiscreteVAE,
+        tokenizer: TextTokenizer,
+        dvae: ImageTokenizer,
         train: Sequences,
         held_out: Sequences,
         *,
@@ -62,12 +64,24 @@ class TransformerStage:
         self.tokenizer, self.dvae, self.sampling = tokenizer, dvae, sampling
         self.train, self.held_out = train, held_out
         self.device = next(model.parameters()).device
-        model.set_dropout(settings.dropout)
+        if isinstance(model, Transformer):
+            model.set_dropout(settings.dropout)
         self.order = Order(train.pairs, seed, balance, world=world)
         self.world = world
         self.captions, self.n_truncated = fitting_captions(train.pairs, tokenizer)
         self.validation_members = spread(range(len(held_out.pairs)), settings.n_validation)
         self.sheet_members = spread(self.validation_members, SHEET_CAPTIONS)
+
+    @property
+    def network(self) -> TokenModel:
+        """Return the token model that the stage trains, or a part of which."""
+        return cast(TokenModel, self.model)
+
+    @property
+    def _transformer(self) -> Transformer:
+        """Return our own, which alone reads other tokens than it tells."""
+        assert isinstance(self.model, Transformer)
+        return self.model
 
     def batch(self, number: int) -> tuple[Tensor, Tensor]:
         """Text (B, T) and image tokens (B, N) of micro-batch `number`."""
@@ -89,7 +103,7 @@ class TransformerStage:
         captions = self.captions[index]
         caption = captions[int(generator.integers(len(captions)))]
         if generator.random() < self.settings.caption_dropout:
-            return self.tokenizer.pad([])
+            return self.tokenizer.pad(self.tokenizer.encode(""))
         return encode_caption(self.tokenizer, caption, self.settings.bpe_dropout, generator)
 
     def loss(self, batch: tuple[Tensor, Tensor], step: int, number: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -98,7 +112,8 @@ class TransformerStage:
         generator = rng(self.seed, "noise", number)
         # Dropout draws from the global generator: each process for its own part, which is not one process's draw.
         torch.manual_seed((int(generator.integers(2**63)) + self.world.rank) % 2**63)
-        losses = self.model.loss(text, image, self._disturbed(image, generator))
+        read = self._disturbed(image, generator)
+        losses = self.network.loss(text, image) if read is None else self._transformer.loss(text, image, read)
         return losses.total, {"text_loss": losses.text.detach(), "image_loss": losses.image.detach()}
 
     def _disturbed(self, image: Tensor, generator: np.random.Generator) -> Tensor | None:
@@ -108,7 +123,7 @@ class TransformerStage:
         shape = (self.world.size * len(image), image.shape[1])  # of all processes' parts: each takes its own
         part = self.world.part(shape[0])
         is_replaced = torch.from_numpy(generator.random(shape) < self.settings.token_noise)[part]
-        others = torch.from_numpy(generator.integers(self.model.config.n_image_vocab, size=shape))[part]
+        others = torch.from_numpy(generator.integers(self.network.config.n_image_vocab, size=shape))[part]
         return torch.where(is_replaced.to(image.device), others.to(image.device), image)
 
     def _held_out(self, members: list[int]) -> tuple[Tensor, Tensor]:
@@ -124,7 +139,7 @@ class TransformerStage:
         n, rows = len(self.validation_members), slice(None)
         if n % self.world.size == 0:
             rows = self.world.part(n)
-        figures = asdict(measure_losses(self.model, *self._held_out(self.validation_members), rows))
+        figures = asdict(measure_losses(self.network, *self._held_out(self.validation_members), rows))
         return dict(zip(figures, self.world.means(list(figures.values())), strict=True))
 
     def score(self, figures: dict[str, float]) -> float:
@@ -134,12 +149,12 @@ class TransformerStage:
     def sheet(self) -> Image:
         """One draw for each of some held-out captions, each below the reconstruction of its true picture."""
         text, image = self._held_out(self.sheet_members)
-        drawn = Engine(self.model).generate(text.to(self.device), range(len(text)), self.sampling)
+        drawn = Engine(self.network).generate(text.to(self.device), range(len(text)), self.sampling)
         return pairs_sheet(decode(self.dvae, image.view(drawn.shape)), decode(self.dvae, drawn))
 
 
 def encode_caption(
-    tokenizer: Tokenizer, caption: str, dropout: float, generator: np.random.Generator
+    tokenizer: TextTokenizer, caption: str, dropout: float, generator: np.random.Generator
 ) -> np.ndarray:
     """A padded caption (T,) int64 with BPE dropout; one that fits only without dropout is encoded without it."""
     try:
@@ -149,7 +164,7 @@ def encode_caption(
     return tokenizer.pad(ids)
 
 
-def fitting_captions(pairs: list[Pair], tokenizer: Tokenizer) -> tuple[list[tuple[str, ...]], int]:
+def fitting_captions(pairs: list[Pair], tokenizer: TextTokenizer) -> tuple[list[tuple[str, ...]], int]:
     """Each pair's captions that fit the text slots; a pair without any keeps its shortest, which is cut and counted."""
     kept, n_truncated = [], 0
     for pair in pairs:
