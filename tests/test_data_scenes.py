@@ -24,7 +24,7 @@ from dalle.data.scenes.colours import GROUND_COLOURS, THING_COLOURS, are_distinc
 from dalle.data.scenes.components import flood, label_regions, region_sizes
 from dalle.data.scenes.cutouts import cut_out, paint, painted_share
 from dalle.data.scenes.drawing import draw_scene
-from dalle.data.scenes.lettering import FONTS
+from dalle.data.scenes.lettering import FONTS, letter_word
 from dalle.data.scenes.objects import Source, find_sources, load_objects
 from dalle.data.scenes.scene import KINDS, Kind, Scene, Thing, named_kinds
 from dalle.data.scenes.shapes import SHAPES
@@ -347,6 +347,17 @@ def test_every_template_says_what_scenes_say() -> None:
     positions, shapes = templates["scene-positions"], templates["scene-shapes"]
     assert set(positions.words("object")) | set(positions.words("other")) <= set(nouns)
     assert set(shapes.words("shape")) == set(SHAPES)
+
+
+def test_the_tail_of_a_q_is_not_cut_off(fonts: Path) -> None:
+    file = fonts / FONTS[0].package / FONTS[0].path
+    heights = {}
+    for letter in "HQ":
+        rows = np.nonzero(
+            np.asarray(letter_word(letter, FONTS[0].name, file, "red", 128))[..., 3].max(axis=1)
+        )[0]
+        heights[letter] = rows.max() - rows.min()
+    assert heights["Q"] > heights["H"]
 
 
 # --- parts ---

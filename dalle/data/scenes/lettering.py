@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from dalle.data.art.packages import install_packages, require_packages
@@ -102,9 +101,10 @@ def letter_word(word: str, font: str, file: Path, colour: str, size: int) -> Ima
     page = Image.new("L", (size, size), 0)
     left = (size - cell * len(word)) / 2
     for i, letter in enumerate(word):
-        glyph = _glyph(letter, str(file))
-        width = max(1, round(min(glyph.width * height / glyph.height, _GLYPH_WIDTH * cell)))
-        fitted = glyph.resize((width, height), Image.Resampling.LANCZOS)
+        glyph, cap_height = _glyph(letter, str(file))
+        scale = height / cap_height
+        width = max(1, round(min(glyph.width * scale, _GLYPH_WIDTH * cell)))
+        fitted = glyph.resize((width, round(glyph.height * scale)), Image.Resampling.LANCZOS)
         x, y = round(left + cell * (i + 0.5) - width / 2), round((size - height) / 2)
         page.paste(fitted, (x, y))
     picture = Image.new("RGBA", (size, size), (*THING_COLOURS[colour], 0))
@@ -113,11 +113,12 @@ def letter_word(word: str, font: str, file: Path, colour: str, size: int) -> Ima
 
 
 @functools.lru_cache(maxsize=256)
-def _glyph(letter: str, file: str) -> Image.Image:
-    """Return one capital as a mask: cropped to its ink at the sides, from cap height to baseline."""
+def _glyph(letter: str, file: str) -> tuple[Image.Image, int]:
+    """Return one capital as a mask from cap height downward, a Q's tail included, and the cap height in pixels."""
     font = ImageFont.truetype(file, _DRAWN)
-    _, top, _, bottom = font.getbbox("H")
+    _, top, _, baseline = font.getbbox("H")
     page = Image.new("L", (4 * _DRAWN, 2 * _DRAWN), 0)
     ImageDraw.Draw(page).text((_DRAWN, 0), letter, font=font, fill=255)
-    ink = np.nonzero(np.asarray(page).max(axis=0))[0]
-    return page.crop((int(ink[0]), int(top), int(ink[-1]) + 1, int(bottom)))
+    ink = page.getbbox()
+    assert ink is not None
+    return page.crop((ink[0], int(top), ink[2], max(int(baseline), ink[3]))), int(baseline - top)
