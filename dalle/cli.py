@@ -7,6 +7,7 @@ import typer
 
 from dalle.commands import (
     classify,
+    compare,
     data,
     encode,
     evaluate,
@@ -35,6 +36,7 @@ app.command()(learn.train)
 app.command()(finetune.finetune)
 app.command()(encode.encode)
 app.command()(evaluate.evaluate)
+app.command()(compare.compare)
 app.command()(rerun.rerun)
 app.command()(serve.serve)
 app.command()(rerank.rerank)
