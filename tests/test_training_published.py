@@ -107,11 +107,13 @@ def learn_autoencoder(model: VQGAN, pictures: Tensor) -> None:
     def fit(steps: int, has_codes: bool) -> None:
         for _ in range(steps):
             images = pictures[torch.randint(len(pictures), (16,), generator=generator)]
-            latents = model.latents(images)
-            if has_codes:
+            latents, distance = model.latents(images), torch.zeros(())
+            if has_codes:  # straight through, with the losses of the VQ-VAE
                 codes = model.codebook(nearest_codes(latents, model.codebook.weight)).permute(0, 3, 1, 2)
-                latents = codes.detach()
-            loss = F.mse_loss(model.decoder(model.from_code(latents)), 2 * images - 1)
+                distance = F.mse_loss(codes, latents.detach()) + 0.25 * F.mse_loss(latents, codes.detach())
+                latents = latents + (codes - latents).detach()
+            pixels = model.decoder(model.from_code(latents))
+            loss = F.mse_loss(pixels, 2 * images - 1) + 0.1 * distance
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -123,7 +125,7 @@ def learn_autoencoder(model: VQGAN, pictures: Tensor) -> None:
         for _ in range(model.n_codes - 1):  # the cell farthest from all chosen ones
             chosen.append(int(torch.cdist(cells, cells[chosen]).amin(dim=1).argmax()))
         model.codebook.weight.copy_(cells[chosen])
-    fit(100, has_codes=True)
+    fit(300, has_codes=True)
 
 
 @pytest.mark.long

@@ -8,7 +8,7 @@ from dalle.commands.console import Json, log_to_stderr, print_json
 
 
 def plan(
-    preset: Annotated[str, typer.Option(help="tiny, laptop, gpu, paper, or a .toml file.")],
+    preset: Annotated[str, typer.Option(help="tiny, laptop, gpu, grid16, paper, or a .toml file.")],
     gpus: Annotated[int | None, typer.Option(help="Devices; several numbers of them if left out.")] = None,
     gpu: Annotated[
         str | None, typer.Option(help="h100, a100, v100 or cpu; the three GPUs if left out.")
