@@ -21,7 +21,9 @@ from dalle.commands.data_options import takes_data
 def train(
     source: Any,
     out: Annotated[Path, typer.Option(help="Model folder; the same command resumes.")],
-    preset: Annotated[str, typer.Option(help="tiny, laptop, gpu, grid16, paper, or a .toml file.")] = "laptop",
+    preset: Annotated[
+        str, typer.Option(help="tiny, laptop, gpu, grid16, paper, or a .toml file.")
+    ] = "laptop",
     stages: Annotated[
         str, typer.Option(help="all, or a comma list of tokenizer, dvae, decoder, transformer, clip.")
     ] = "all",
