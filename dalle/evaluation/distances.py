@@ -75,7 +75,7 @@ def kernel_estimate(ours: Tensor, reference: Tensor) -> Estimate:
         torch.randperm(len(ours), generator=generator),
         torch.randperm(len(reference), generator=generator),
     )
-    blocks = zip(order.chunk(N_BLOCKS), other.chunk(N_BLOCKS), strict=True)
+    blocks = zip(order.tensor_split(N_BLOCKS), other.tensor_split(N_BLOCKS), strict=True)
     values = torch.tensor([kernel(ours[a], reference[b]) for a, b in blocks])
     error = float(values.std() / math.sqrt(N_BLOCKS))
     value = kernel(ours, reference)
@@ -95,7 +95,7 @@ def inception_score(probabilities: Tensor) -> Estimate:
         return refusal
     order = torch.randperm(len(probabilities), generator=torch.Generator().manual_seed(0))
     scores = []
-    for part in probabilities.double()[order].chunk(N_BLOCKS):
+    for part in probabilities.double()[order].tensor_split(N_BLOCKS):
         entropy = torch.special.entr(part).sum(dim=1).mean()
         scores.append(float((torch.special.entr(part.mean(dim=0)).sum() - entropy).exp()))
     error = float(np.std(scores, ddof=1)) / math.sqrt(N_BLOCKS)
