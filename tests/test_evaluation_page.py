@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dalle.evaluation.page import write_page
+from dalle.evaluation.page import _curves, write_page
 from dalle.evaluation.plots import Curve, plot
 from tests.test_evaluation_compare import report
 
@@ -56,6 +56,13 @@ def test_the_page_needs_no_other_file_and_runs_no_script(tmp_path: Path) -> None
     assert len(sources) == 1 and str(sources[0]).startswith("data:image/png;base64,")
     assert not any("href" in attributes for _, attributes in tags.found)
     assert "30.0% (24.0% to 36.0%, n 213)" in text and "no network" in text
+
+
+def test_a_curve_over_candidates_is_plotted_over_candidates_and_not_over_pictures() -> None:
+    rows = [{"candidates": count, "n": 256, "value": 0.1, "standard_error": 0.01} for count in (1, 2, 4)]
+    section = {"n_captions": 32, "n_candidates": 4, "chosen_by_clip": {}, "best_possible": {}}
+    text = _curves(section | {"kernel": {"network": {"counts": rows}}})
+    assert re.findall(r'text-anchor="middle">(\d+)<', text) == ["1", "2", "4"]
 
 
 def test_a_plot_places_its_points_in_order_and_within_its_frame() -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dalle.commands.console import Json, print_json
+from dalle.commands.console import Json, print_json, wide_console
 
 
 def compare(
@@ -16,7 +16,6 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Say what changed beyond the intervals; exit with 1 where a figure became worse."""
-    from rich.console import Console
     from rich.table import Table
 
     from dalle.evaluation.compare import compare as changes_of
@@ -37,7 +36,7 @@ def compare(
                 table.add_row(
                     change.path, f"{change.before:.4g}", f"{change.after:.4g}", moved, change.verdict
                 )
-        Console(soft_wrap=True).print(table)
+        wide_console().print(table)
         same = sum(change.verdict == "same" for change in changes)
         print(f"{same} of {len(changes)} figures did not change beyond their intervals")
     if is_worse:

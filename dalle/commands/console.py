@@ -16,6 +16,7 @@ import typer
 
 if TYPE_CHECKING:  # loading torch takes a second, which `--help` need not
     import torch
+    from rich.console import Console
 
     from dalle.training.processes import World
 
@@ -109,6 +110,13 @@ def print_folder(folder: Path, as_json: bool) -> None:
         print_json({"folder": str(folder)})
     else:
         print(folder)
+
+
+def wide_console() -> Console:
+    """Standard output for tables: as wide as the terminal; where there is none, wide enough that no line is folded."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160)
 
 
 def say(message: str) -> None:

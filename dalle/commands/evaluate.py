@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dalle.commands.console import Device, Json, RowsBar, device_named, log_to_stderr, print_json
+from dalle.commands.console import (
+    Device,
+    Json,
+    RowsBar,
+    device_named,
+    log_to_stderr,
+    print_json,
+    wide_console,
+)
 
 if TYPE_CHECKING:
     from dalle.evaluation.summary import Line
@@ -85,11 +93,10 @@ def evaluate(
 
 def print_lines(lines: Iterable[Line]) -> None:
     """Print figures as a table to standard output."""
-    from rich.console import Console
     from rich.table import Table
 
     table, previous = Table("section", "what", "figure (95 %)", "beside", box=None, pad_edge=False), ""
     for line in lines:
         table.add_row(line.section if line.section != previous else "", line.what, line.figure, line.note)
         previous = line.section
-    Console(soft_wrap=True).print(table)
+    wide_console().print(table)

@@ -97,6 +97,6 @@ def _kernel(
             drawn, _ = extract(
                 extractor, (decode(subject.pipe.dvae, part) for part in torch.split(chosen, BATCH))
             )
-            table.append({"n": count, **kernel_estimate(drawn, truth)})
+            table.append({"candidates": count, **kernel_estimate(drawn, truth)})
         found[extractor.name] = {"sha256": extractor.sha256, "counts": table}
     return found

@@ -137,9 +137,9 @@ def _curves(section: Mapping[str, Any] | None) -> str:
     names = {"style": "nearest of its style", "style_and_object": "nearest with its object's other styles"}
     plots = []
     for name, rows in section["chosen_by_clip"].items():
-        curves = [Curve("chosen by CLIP", *_points(rows, "score"))]
+        curves = [Curve("chosen by CLIP", *_points(rows, "n", "score"))]
         if name in section["best_possible"]:
-            curves.append(Curve("best possible", *_points(section["best_possible"][name], "score")))
+            curves.append(Curve("best possible", *_points(section["best_possible"][name], "n", "score")))
         plots.append(plot(names.get(name, f"CLIPScore by the {name}"), "candidates", curves, is_log=True))
     for name, network in section["kernel"].items():
         rows = [row for row in network["counts"] if row["value"] is not None]
@@ -148,7 +148,7 @@ def _curves(section: Mapping[str, Any] | None) -> str:
                 plot(
                     f"kernel distance, {name}",
                     "candidates",
-                    [Curve("chosen", *_points(rows, "value"))],
+                    [Curve("chosen", *_points(rows, "candidates", "value"))],
                     is_log=True,
                 )
             )
@@ -156,12 +156,12 @@ def _curves(section: Mapping[str, Any] | None) -> str:
     return f'<p class="note">{note}</p><div class="plots">{"".join(plots)}</div>'
 
 
-def _points(rows: Sequence[Mapping[str, Any]], field: str) -> tuple[list[float], list[float], list[float]]:
-    return (
-        [float(row["n"] if "blur" not in row else row["blur"]) for row in rows],
-        [float(row[field]) for row in rows],
-        [2 * float(row.get("standard_error") or 0) for row in rows],
-    )
+def _points(
+    rows: Sequence[Mapping[str, Any]], x: str, y: str
+) -> tuple[list[float], list[float], list[float]]:
+    """The fields x and y of each row, and two standard errors of y."""
+    errors = [2 * float(row.get("standard_error") or 0) for row in rows]
+    return [float(row[x]) for row in rows], [float(row[y]) for row in rows], errors
 
 
 def _samples(section: Mapping[str, Any] | None) -> str:
