@@ -11,6 +11,7 @@ import tokenizers
 import torch
 from torch import Tensor, nn
 
+from dalle.data.shapes import COLOURS, SHAPES
 from dalle.pipeline import DallePipeline
 from dalle.published.captions import CaptionTokenizer, CaptionTokenizerConfig
 from dalle.published.dalle_pytorch import DallePytorch, DallePytorchConfig
@@ -182,7 +183,7 @@ def count(model: nn.Module) -> int:
 
 def caption_tokenizer(pad_id: int) -> CaptionTokenizer:
     """Words and letters to ids below N_VOCAB; 0 to 3 are specials."""
-    words = ["<pad>", "<unk>", "<s>", "</s>", *LETTERS, "red", "blue", "apple", "boat", "cats", "two"]
+    words = ["<pad>", "<unk>", "<s>", "</s>", *LETTERS, "apple", "boat", "cats", "two", *COLOURS, *SHAPES]
     model = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
     bpe = tokenizers.Tokenizer(model)
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
