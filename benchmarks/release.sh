@@ -34,7 +34,7 @@ tokens() {
 decoder() { train decoder --stages decoder --init-from "$runs/tokens"; }
 transformer() { train transformer --stages transformer --init-from "$runs/decoder"; }
 clip() { train clip --stages clip --init-from "$runs/transformer"; }
-bundle() { "$python" "$here/bundle.py" "$runs/clip" "$runs/art"; }
+bundle() { "$python" "$here/bundle.py" "$runs/clip" "$runs/art" "$runs/scenes" --hours "${HOURS:?say in HOURS what it was trained on, and how long}"; }
 
 for stage in "${@:-all}"; do
     case $stage in

@@ -199,6 +199,8 @@ def test_a_dvaes_own_psnr_is_read_from_what_evaluate_finetune_or_train_left(copy
     assert own_psnr(copy) == 21.0
     files.write_json(copy / "evaluation.json", {"dvae": {"psnr": 23.13}})
     assert own_psnr(copy) == 23.13
+    files.write_json(copy / "report.json", {"image_tokenizer": {"psnr": 24.5}})
+    assert own_psnr(copy) == 24.5
 
 
 def test_a_model_without_a_clip_goes_on_and_has_none(data: Path, copy: Path, tmp_path: Path) -> None:

@@ -256,9 +256,14 @@ def own_psnr(base: Path) -> float | None:
 
     Read from what `dalle evaluate` or `dalle finetune` left there, or else from its run.
     """
-    for file, figure in (("evaluation.json", "psnr"), ("finetune.json", "psnr_after")):
+    # report.json was called evaluation.json, and its image tokenizer dvae, until format 2.
+    for file, part, figure in (
+        ("report.json", "image_tokenizer", "psnr"),
+        ("evaluation.json", "dvae", "psnr"),
+        ("finetune.json", "dvae", "psnr_after"),
+    ):
         report = files.read_json(base / file) if (base / file).is_file() else {}
-        found = report.get("dvae", {}).get(figure)
+        found = report.get(part, {}).get(figure)
         if found is not None:
             return round(float(found), 2)
     rows = validations(base / "run", "dvae")
