@@ -292,7 +292,16 @@ def test_an_address_of_another_kind_is_an_error_that_says_which_are_read(source:
         read_pairs(source)
 
 
-@pytest.mark.parametrize("name", ["picture.png", "notes.md", "odd.csv", "odd.json"])
+def test_pictures_without_any_caption_are_told_of_captions_from_names(tmp_path: Path) -> None:
+    for name in ("a red ball.png", "a blue ball.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    with pytest.raises(
+        ValueError, match=r"holds 2 pictures and no captions: .* --captions-from name or folder$"
+    ):
+        read_pairs(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["notes.md", "odd.csv", "odd.json"])
 def test_no_captions_is_an_error_that_says_what_was_looked_for(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"{}" if name == "odd.json" else picture("red"))
     with pytest.raises(ValueError, match=r"no captions found in .*metadata\.jsonl.*\.tar.*COCO.*\.txt"):

@@ -25,6 +25,8 @@ from dalle.data.samples import (
 
 WRITTEN_BY_DALLE = b"tEXtSoftware\0dalle "  # see images.to_png
 
+NO_CAPTION_FILE = "no caption file"  # how the reason of a picture without one begins
+
 
 def read_folder(files: Files, options: ReadOptions, listed: Collection[str], is_alone: bool) -> Samples:
     """Pairs of the pictures that no table lists (`listed`, by normal name); one caption a line of the file beside.
@@ -64,7 +66,7 @@ def _captions(files: Files, key: str, text: str | None, options: ReadOptions) ->
     if text is None:
         if options.captions_from is not None:
             return captions_of_name(key, options.captions_from)
-        raise Rejected(f"no caption file {PurePosixPath(key).stem}.txt beside it")
+        raise Rejected(f"{NO_CAPTION_FILE} {PurePosixPath(key).stem}.txt beside it")
     if files.sizes[text] > MAX_CAPTION_BYTES:
         raise Rejected(
             f"the caption file has {files.sizes[text]} bytes; at most {MAX_CAPTION_BYTES} are read"

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import overload
 
+from dalle.data.folder import NO_CAPTION_FILE
 from dalle.data.layouts import LOOKED_FOR, read_samples
 from dalle.data.pair import BadSample, Pair
 from dalle.data.reading import MAX_BAD_FRACTION, first_reasons, is_too_many, too_many
@@ -104,6 +105,11 @@ def read_pairs(
         else:
             taken.add(sample.key)
             found.append(sample)
+    if not found and bad and all(sample.reason.startswith(NO_CAPTION_FILE) for sample in bad):
+        raise ValueError(
+            f"{source} holds {len(bad)} pictures and no captions: write a .txt of the same name beside each, or take the "
+            "captions from the names of files or folders with --captions-from name or folder"
+        )
     if not found:
         skipped = f"; {len(bad)} bad samples, first: {first_reasons(bad)}" if bad else ""
         raise ValueError(f"no captions found in {source}: {LOOKED_FOR}{skipped}")
