@@ -20,6 +20,7 @@ from torch import Tensor
 from dalle.importers.flax_msgpack import is_msgpack, read_msgpack
 from dalle.importers.restricted_pickle import Opaque, Parameter, TensorRecord, kind_of
 from dalle.importers.torch_archive import open_archive
+from dalle.weights import DTYPES
 
 MAX_DEPTH = 16  # of nested dicts
 WRAPPERS = (
@@ -138,20 +139,6 @@ def _open_safetensors(path: Path) -> Iterator[TensorFile]:
             yield TensorFile(path, entries, {})
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file ({' '.join(str(error).split())})") from None
-
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 def _lookup(path: Path, allow_pickle: bool) -> Callable[[str, str], object | None]:

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dalle.config import Config
-from dalle.published.saved import SavedModule
+from dalle.published.saved import SavedImageTokenizer
 from dalle.published.vqgan import check_tokens
 
 Count = Annotated[int, Field(gt=0)]
@@ -62,7 +62,7 @@ class Block(nn.Module):
         return cast(Tensor, x + self.layers(x))
 
 
-class DallePytorchVAE(SavedModule):
+class DallePytorchVAE(SavedImageTokenizer):
     """An image tokenizer: images to a grid of codes and back."""
 
     schema = DallePytorchVAEConfig
@@ -84,29 +84,9 @@ class DallePytorchVAE(SavedModule):
         self.decoder = nn.Sequential(*widen, *blocks[1], *up, nn.Conv2d(d, 3, 1))
 
     @property
-    def image_size(self) -> int:
-        """Pixels a side."""
-        return self.config.image_size
-
-    @property
-    def output_size(self) -> int:
-        """Pixels a side of what `decode` gives: the same."""
-        return self.config.image_size
-
-    @property
-    def grid_size(self) -> int:
-        """Tokens a side, G."""
-        return self.config.grid_size
-
-    @property
     def has_encoder(self) -> bool:
         """Whether it can read pictures."""
         return True
-
-    @property
-    def n_codes(self) -> int:
-        """Size of the codebook, K."""
-        return self.config.n_codes
 
     def logits(self, images: Tensor) -> Tensor:
         """Return logits (B, K, G, G) of images (B, 3, H, W) in [0, 1]; ValueError for another size."""

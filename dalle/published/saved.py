@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -75,3 +75,47 @@ class SavedModule(nn.Module):
             raise ValueError(f"{path}: the weights do not fit the config: {', '.join(wrong[:4])}")
         model.load_state_dict(tensors, assign=True)
         return model.eval()
+
+
+class ImageTokenizerSizes(Protocol):
+    """What the config of a published image tokenizer says."""
+
+    @property
+    def image_size(self) -> int:
+        """Return the pixels a side."""
+
+    @property
+    def grid_size(self) -> int:
+        """Return the tokens a side, G."""
+
+    @property
+    def n_codes(self) -> int:
+        """Return the size of the codebook, K."""
+
+
+class SavedImageTokenizer(SavedModule):
+    """A published image tokenizer: it draws pictures of the size that it reads."""
+
+    @property
+    def image_size(self) -> int:
+        """Pixels a side."""
+        return self._sizes.image_size
+
+    @property
+    def output_size(self) -> int:
+        """Pixels a side of what `decode` gives: the same."""
+        return self._sizes.image_size
+
+    @property
+    def grid_size(self) -> int:
+        """Tokens a side, G."""
+        return self._sizes.grid_size
+
+    @property
+    def n_codes(self) -> int:
+        """Size of the codebook, K."""
+        return self._sizes.n_codes
+
+    @property
+    def _sizes(self) -> ImageTokenizerSizes:
+        return cast(ImageTokenizerSizes, self.config)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dalle.config import Config
-from dalle.published.saved import SavedModule
+from dalle.published.saved import SavedImageTokenizer
 
 N_NORM_GROUPS = 32
 Count = Annotated[int, Field(gt=0)]
@@ -207,7 +207,7 @@ class Decoder(nn.Module):
         return cast(Tensor, self.output(F.silu(self.norm(x))))
 
 
-class VQGAN(SavedModule):
+class VQGAN(SavedImageTokenizer):
     """An image tokenizer: images to a grid of codes and back."""
 
     schema = VQGANConfig
@@ -225,29 +225,9 @@ class VQGAN(SavedModule):
         self.decoder = Decoder(config)
 
     @property
-    def image_size(self) -> int:
-        """Pixels a side."""
-        return self.config.image_size
-
-    @property
-    def output_size(self) -> int:
-        """Pixels a side of what `decode` gives: the same."""
-        return self.config.image_size
-
-    @property
-    def grid_size(self) -> int:
-        """Tokens a side, G."""
-        return self.config.grid_size
-
-    @property
     def has_encoder(self) -> bool:
         """Whether it can read pictures."""
         return self.config.has_encoder
-
-    @property
-    def n_codes(self) -> int:
-        """Size of the codebook, K."""
-        return self.config.n_codes
 
     def latents(self, images: Tensor) -> Tensor:
         """Return what the quantizer reads, (B, D, G, G), of images (B, 3, H, W) in [0, 1].
