@@ -18,9 +18,11 @@ from dalle.manifest import VerifiedFolder
 from dalle.pipeline import DallePipeline
 from dalle.published.min_dalle import MinDalle, MinDalleConfig
 from dalle.published.vqgan import VQGAN
-from dalle.training.finetune_published import ADAPTER, finetune_published
+from dalle.training.finetune_published import ADAPTER, finetune_published, is_for
+from dalle.transformer import Transformer
 from tests.test_end_to_end import n_right_colours
 from tests.test_training_published import learn_autoencoder
+from tests.tiny import tiny_pipe, tiny_tokenizer, tiny_transformer
 from tests.tiny_published import (
     TOKEN_MODELS,
     caption_tokenizer,
@@ -92,6 +94,19 @@ def test_without_adapters_all_weights_are_trained_and_kept_in_their_dtype(data: 
     assert all(tensor.dtype == torch.bfloat16 for tensor in after.values())
     assert not torch.equal(before["image_head.weight"], after["image_head.weight"])
     assert not (out / ADAPTER).exists()
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_our_own_transformer_on_a_vqgan_is_fine_tuned_too(
+    rank: int | None, data: Path, tmp_path: Path
+) -> None:
+    tokenizer, base = tiny_tokenizer(["a red circle", "a blue square"]), tmp_path / "base"
+    DallePipeline(tokenizer, tiny_vqgan(), tiny_transformer(tokenizer.n_vocab)).save_pretrained(base)
+    assert is_for(base, rank)
+    pipe = DallePipeline.from_pretrained(run(data, tmp_path / "out", base, rank))
+    assert isinstance(pipe.transformer, Transformer) and isinstance(pipe.dvae, VQGAN)
+    tiny_pipe(["a red circle"]).save_pretrained(tmp_path / "ours")
+    assert not is_for(tmp_path / "ours", None) and is_for(tmp_path / "ours", 8)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from dalle.config import override, validate
 from dalle.data.source import Source
 from dalle.data.tokens import TokenStore, encode_part
 from dalle.manifest import VerifiedFolder
-from dalle.model_folder import Model, component_kind, load_model, write_index
+from dalle.model_folder import OURS, Model, component_kind, load_model, write_index
 from dalle.training import train
 from dalle.training.loop import train_stage
 from dalle.training.lora import AdapterStage, add_adapters_, load_adapters_, merged
@@ -51,8 +51,10 @@ DEFAULTS: dict[str, Any] = {
 
 
 def is_for(base: Path, rank: int | None) -> bool:
-    """Tell whether a fine-tuning is this file's: of a published model, or by adapters."""
-    return rank is not None or component_kind(base, "transformer") != "Transformer"
+    """Tell whether a fine-tuning is this file's: of a model with a published part, or by adapters."""
+    return rank is not None or any(
+        component_kind(base, part) != OURS[part] for part in ("dvae", "transformer")
+    )
 
 
 def finetune_published(
