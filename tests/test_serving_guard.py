@@ -4,6 +4,7 @@ import io
 import json
 import socket
 import struct
+import time
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -159,6 +160,25 @@ def test_the_page_is_opened_with_the_key_once_and_then_by_a_cookie(guarded: Live
     for wrong in ("/?key=wrong", "/?key=", f"/?key={KEY}&key=x", f"/api/info?key={KEY}"):
         assert guarded.request("GET", wrong)[0] == 401
     assert guarded.request("GET", f"/?key={KEY}", None, {"host": "evil.example"})[0] == 403
+
+
+def test_a_cookie_of_backslashes_costs_nothing(guarded: Live) -> None:
+    """The library's parser needed eight seconds for this one, on the event loop, before any key was asked for."""
+    start = time.monotonic()
+    assert status(guarded, cookie='dalle_key="' + "\\" * 15_000 + '"') == 401
+    assert time.monotonic() - start < 1
+
+
+def test_a_cookie_is_found_among_others(guarded: Live) -> None:
+    cookie = guarded.request("GET", f"/?key={KEY}")[1]["set-cookie"].partition(";")[0]
+    assert status(guarded, cookie=f'theme=dark; {cookie} ; b="c"') == 200
+    assert status(guarded, cookie=f"x{cookie}") == 401
+
+
+def test_a_head_above_32_kilobytes_is_refused(guarded: Live) -> None:
+    for size, code in ((30_000, 401), (33_000, 431), (100_000, 431)):
+        head = b"GET /api/info HTTP/1.1\r\nHost: localhost\r\nX: %s\r\n\r\n" % (b"y" * size)
+        assert b" %d " % code in raw(guarded, head)[:20], size
 
 
 def test_an_address_that_was_given_out_needs_no_key_and_ends_with_its_hour(guarded: Live) -> None:

@@ -13,7 +13,6 @@ import hmac
 import json
 import logging
 import secrets
-from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -39,6 +38,7 @@ SAFE_HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cross-origin-opener-policy": "same-origin",
 }
+MAX_HEAD = 32_768  # bytes of a request line and its headers
 DISCARDED = (
     4  # times the allowed bytes are read and dropped, so that a client hears why before the line is cut
 )
@@ -84,6 +84,7 @@ class Guard:
 
         self._n_open += 1
         try:
+            _check_head(scope)
             entry = self._entry(scope)
             if entry is not None:
                 await answer(entry)
@@ -247,17 +248,30 @@ def error_answer(error: ServingError) -> tuple[dict[str, str], bytes]:
     return headers, body
 
 
+def _check_head(scope: Scope) -> None:
+    """Refuse a head that is too long before anything in it is parsed."""
+    n_bytes = len(scope["raw_path"]) + len(scope["query_string"])
+    n_bytes += sum(len(name) + len(value) + 4 for name, value in scope["headers"])  # ": " and the line's end
+    if n_bytes > MAX_HEAD:
+        raise ServingError(
+            431,
+            f"the request's head is longer than {MAX_HEAD} bytes: send fewer headers",
+            code="head_too_large",
+        )
+
+
 def _hash(text: str) -> bytes:
     """Return what is compared in place of a key: of one length, whatever was sent."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
 def _cookie(headers: Headers) -> str | None:
-    try:
-        morsel = SimpleCookie("; ".join(headers.getlist("cookie"))).get(COOKIE)
-    except CookieError:
-        return None
-    return None if morsel is None else morsel.value
+    """Return the value of our cookie: split plainly, as ours needs no quotes and anybody may send one."""
+    for pair in "; ".join(headers.getlist("cookie")).split(";"):
+        name, _, value = pair.strip().partition("=")
+        if name == COOKIE:
+            return value
+    return None
 
 
 def _host_name(host: str) -> str | None:
