@@ -181,7 +181,8 @@ class _Body:
 
     def __init__(self, receive: Receive, settings: Settings) -> None:
         self._receive, self._most, self._seconds = receive, settings.max_body_bytes, settings.body_s
-        self._n_bytes = 0
+        self._n_bytes, self._is_complete = 0, False
+        self._deadline: float | None = None  # by the loop's clock, from the first wait on
 
     async def check_length(self, headers: Headers) -> None:
         """Refuses what says of itself that it is too long."""
@@ -194,14 +195,28 @@ class _Body:
 
     async def receive(self) -> Message:
         """Return the next message; a ServingError once the body is longer than allowed."""
-        message = await self._receive()
+        message = await self._next()
         if message["type"] == "http.request":
+            self._is_complete = not message.get("more_body")
             self._n_bytes += len(message.get("body", b""))
             if self._n_bytes > self._most:
                 if message.get("more_body"):
                     await self._discard()
                 raise self._too_large()
         return message
+
+    async def _next(self) -> Message:
+        """Wait for the next message: until the body is there only as long as a client may take to send it."""
+        if self._is_complete:
+            return await self._receive()
+        if self._deadline is None:
+            self._deadline = asyncio.get_running_loop().time() + self._seconds
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                return await self._receive()
+        except TimeoutError:
+            text = f"the body did not arrive within {self._seconds:g} s"
+            raise ServingError(408, text, code="timeout") from None
 
     async def _discard(self) -> None:
         try:
