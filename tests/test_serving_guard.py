@@ -1,9 +1,11 @@
 """Who may ask the server: names, origins, keys, sizes; and what every answer carries."""
 
+import http.client
 import io
 import json
 import socket
 import struct
+import time
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -161,6 +163,25 @@ def test_the_page_is_opened_with_the_key_once_and_then_by_a_cookie(guarded: Live
     assert guarded.request("GET", f"/?key={KEY}", None, {"host": "evil.example"})[0] == 403
 
 
+def test_a_cookie_of_backslashes_costs_nothing(guarded: Live) -> None:
+    """The library's parser needed eight seconds for this one, on the event loop, before any key was asked for."""
+    start = time.monotonic()
+    assert status(guarded, cookie='dalle_key="' + "\\" * 15_000 + '"') == 401
+    assert time.monotonic() - start < 1
+
+
+def test_a_cookie_is_found_among_others(guarded: Live) -> None:
+    cookie = guarded.request("GET", f"/?key={KEY}")[1]["set-cookie"].partition(";")[0]
+    assert status(guarded, cookie=f'theme=dark; {cookie} ; b="c"') == 200
+    assert status(guarded, cookie=f"x{cookie}") == 401
+
+
+def test_a_head_above_32_kilobytes_is_refused(guarded: Live) -> None:
+    for size, code in ((30_000, 401), (33_000, 431), (100_000, 431)):
+        head = b"GET /api/info HTTP/1.1\r\nHost: localhost\r\nX: %s\r\n\r\n" % (b"y" * size)
+        assert b" %d " % code in raw(guarded, head)[:20], size
+
+
 def test_an_address_that_was_given_out_needs_no_key_and_ends_with_its_hour(guarded: Live) -> None:
     key = {"authorization": f"Bearer {KEY}"}
     body = {"prompt": "a dog", "response_format": "url"}
@@ -221,14 +242,57 @@ def test_a_body_that_ends_early_or_never_harms_nobody(live: Live) -> None:
     assert live.state.queue.n_slots == 0
 
 
-def test_a_client_that_sends_nothing_is_given_up_after_a_while(tmp_path: Any) -> None:
+@pytest.mark.parametrize(
+    "line",
+    [b"POST /api/draw", b"POST /api/restore", b"PATCH /api/history/x", b"POST /v1/images/generations"],
+)
+def test_a_client_that_sends_nothing_is_given_up_after_a_while(tmp_path: Any, line: bytes) -> None:
+    """Restoring and favourites waited for ever."""
     with live_server(tmp_path, body_s=0.05) as slow:
         host, port = slow.url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), timeout=30) as connection:
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
             connection.sendall(
-                b"POST /api/draw HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n"
+                line
+                + b" HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n"
             )
             assert b" 408 " in connection.recv(65536)
+
+
+def test_answers_on_a_kept_alive_connection_do_not_wait_for_acknowledgements(live: Live) -> None:
+    """Nagle's algorithm held the second part of each answer back for 40 ms."""
+    connection = http.client.HTTPConnection(live.url.removeprefix("http://"), timeout=30)
+    seconds = []
+    for _ in range(20):
+        start = time.monotonic()
+        connection.request("GET", "/health")
+        connection.getresponse().read()
+        seconds.append(time.monotonic() - start)
+    connection.close()
+    assert sorted(seconds)[10] < 0.03, seconds
+
+
+def test_json_that_costs_too_much_is_refused_at_once(tmp_path: Any) -> None:
+    """The first took nine seconds of the event loop, the second twenty and 2 GB."""
+    twice = b"{" + b",".join(b'"k%d":1' % i for i in range(16_000)) + b',"k15999":2}'
+    many = b"{" + b",".join(b'"k%d":1' % i for i in range(600_000)) + b"}"
+    long = json.dumps({"prompt": "a" * 70_000}).encode()
+    nested = json.dumps({"image": "A" * 70_000, "mask": {f"k{i}": 1 for i in range(65)}}).encode()
+    with live_server(tmp_path) as one:
+        for path in ("/api/draw", "/v1/images/generations"):
+            for body, code in ((twice, 413), (many, 413), (long, 413)):
+                start = time.monotonic()
+                assert one.request("POST", path, body)[0] == code
+                assert time.monotonic() - start < 2
+        code, _, text = one.request("POST", "/api/draw", nested)
+        assert code == 400 and b"at most 64 are read" in text
+        code, _, text = one.request("POST", "/api/draw", {"prompt": "a dog", "image": "A" * 70_000})
+        assert code == 400 and json.loads(text)["error"]["param"] == "image", "a picture may be that long"
+
+
+def test_a_key_given_twice_is_refused_in_a_change_too(live: Live) -> None:
+    code, _, text = live.request("PATCH", "/api/history/x", b'{"favourite": true, "favourite": false}')
+    assert code == 400 and b"is given twice" in text
+    assert live.request("PATCH", "/api/history/x", {"favourite": True})[0] == 404
 
 
 def bomb(side: int) -> bytes:

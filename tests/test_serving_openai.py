@@ -228,7 +228,7 @@ def test_a_caption_too_long_is_cut_only_when_asked_and_said_so(client: openai.Op
         (b'{"prompt": "\xff"}', "invalid_json"),
         (b'{"prompt": "\\ud800"}', "invalid_value"),
         (b'{"prompt": "a dog", "seed": ' + b"9" * 5000 + b"}", "invalid_json"),
-        (b"[" * 100_000, "invalid_json"),
+        (b"[" * 50_000, "invalid_json"),
         (b'\xef\xbb\xbf{"prompt": "a dog"}', "invalid_json"),
     ],
 )

@@ -13,7 +13,6 @@ import hmac
 import json
 import logging
 import secrets
-from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -39,6 +38,7 @@ SAFE_HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cross-origin-opener-policy": "same-origin",
 }
+MAX_HEAD = 32_768  # bytes of a request line and its headers
 DISCARDED = (
     4  # times the allowed bytes are read and dropped, so that a client hears why before the line is cut
 )
@@ -84,6 +84,7 @@ class Guard:
 
         self._n_open += 1
         try:
+            _check_head(scope)
             entry = self._entry(scope)
             if entry is not None:
                 await answer(entry)
@@ -180,7 +181,8 @@ class _Body:
 
     def __init__(self, receive: Receive, settings: Settings) -> None:
         self._receive, self._most, self._seconds = receive, settings.max_body_bytes, settings.body_s
-        self._n_bytes = 0
+        self._n_bytes, self._is_complete = 0, False
+        self._deadline: float | None = None  # by the loop's clock, from the first wait on
 
     async def check_length(self, headers: Headers) -> None:
         """Refuses what says of itself that it is too long."""
@@ -193,14 +195,28 @@ class _Body:
 
     async def receive(self) -> Message:
         """Return the next message; a ServingError once the body is longer than allowed."""
-        message = await self._receive()
+        message = await self._next()
         if message["type"] == "http.request":
+            self._is_complete = not message.get("more_body")
             self._n_bytes += len(message.get("body", b""))
             if self._n_bytes > self._most:
                 if message.get("more_body"):
                     await self._discard()
                 raise self._too_large()
         return message
+
+    async def _next(self) -> Message:
+        """Wait for the next message: until the body is there only as long as a client may take to send it."""
+        if self._is_complete:
+            return await self._receive()
+        if self._deadline is None:
+            self._deadline = asyncio.get_running_loop().time() + self._seconds
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                return await self._receive()
+        except TimeoutError:
+            text = f"the body did not arrive within {self._seconds:g} s"
+            raise ServingError(408, text, code="timeout") from None
 
     async def _discard(self) -> None:
         try:
@@ -247,17 +263,30 @@ def error_answer(error: ServingError) -> tuple[dict[str, str], bytes]:
     return headers, body
 
 
+def _check_head(scope: Scope) -> None:
+    """Refuse a head that is too long before anything in it is parsed."""
+    n_bytes = len(scope["raw_path"]) + len(scope["query_string"])
+    n_bytes += sum(len(name) + len(value) + 4 for name, value in scope["headers"])  # ": " and the line's end
+    if n_bytes > MAX_HEAD:
+        raise ServingError(
+            431,
+            f"the request's head is longer than {MAX_HEAD} bytes: send fewer headers",
+            code="head_too_large",
+        )
+
+
 def _hash(text: str) -> bytes:
     """Return what is compared in place of a key: of one length, whatever was sent."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
 def _cookie(headers: Headers) -> str | None:
-    try:
-        morsel = SimpleCookie("; ".join(headers.getlist("cookie"))).get(COOKIE)
-    except CookieError:
-        return None
-    return None if morsel is None else morsel.value
+    """Return the value of our cookie: split plainly, as ours needs no quotes and anybody may send one."""
+    for pair in "; ".join(headers.getlist("cookie")).split(";"):
+        name, _, value = pair.strip().partition("=")
+        if name == COOKIE:
+            return value
+    return None
 
 
 def _host_name(host: str) -> str | None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -20,24 +19,15 @@ from dalle.serving.schema import parse_json
 from dalle.serving.state import State
 
 
-async def read_json(http: HttpRequest, state: State) -> Any:
-    """Return a JSON body; ServingErrors for another type, too many bytes, a client too slow, and what is no JSON."""
+async def read_json(http: HttpRequest, pictures: Sequence[str] = ()) -> Any:
+    """Return a JSON body; ServingErrors for another type, too many bytes, and what is no JSON, see `parse_json`."""
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     # Also what stops other sites: a page may send plain text anywhere without asking, but not JSON.
     if kind != "application/json":
         raise ServingError(
             415, "the body must be JSON: send content-type: application/json", code="unsupported_media_type"
         )
-    return parse_json(await within(state.settings.body_s, http.body()))
-
-
-async def within(seconds: float, reading: Any) -> Any:
-    """Return what is read from a client, if it arrives in time; else a 408."""
-    try:
-        async with asyncio.timeout(seconds):
-            return await reading
-    except TimeoutError:
-        raise ServingError(408, f"the body did not arrive within {seconds:g} s", code="timeout") from None
+    return await run_in_threadpool(parse_json, await http.body(), pictures)
 
 
 def count_candidates(n_images: int, n_candidates: int | None, state: State, name: str) -> int:

@@ -26,6 +26,9 @@ from dalle.generation.request import (
 )
 from dalle.serving.errors import ServingError, bad_request
 
+MAX_JSON = 64_000  # bytes of a JSON body, base64 pictures aside
+MAX_KEYS = 64  # of a JSON object
+BASE64 = bytes(range(48, 58)) + bytes(range(65, 91)) + bytes(range(97, 123)) + b"+/="
 MAX_PROMPT = 32_000  # characters, OpenAI's limit; how many tokens the model reads is checked later
 
 Prompt = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT, description=FIELDS["prompt"].help)]
@@ -94,10 +97,22 @@ class EditBody(OpenAIImageBody):
 R = TypeVar("R", bound=Config)
 
 
-def parse_json(body: bytes) -> Any:
-    """Read JSON as RFC 8259 has it; a ServingError for NaN, a key given twice, and anything else that is none."""
+def parse_json(body: bytes, pictures: Sequence[str] = ()) -> Any:
+    """Read JSON as RFC 8259 has it, within bounds that keep it cheap.
+
+    Args:
+        body: at most `MAX_JSON` bytes, unless one of the `pictures` fields is there.
+        pictures: fields that may hold a picture in base64.
+
+    Raises:
+        ServingError: 413 above the bounds; 400 for NaN, a key given twice, and anything else that is no JSON.
+    """
+    # Counted before it is parsed: what is no base64 are all brackets, commas and quotes that a parser would work on.
+    n_bytes = len(body.translate(None, BASE64)) if pictures else len(body)
+    if n_bytes > MAX_JSON:
+        raise _too_long()
     try:
-        return json.loads(body.decode("utf-8"), parse_constant=_refuse, object_pairs_hook=_unique)
+        tree = json.loads(body.decode("utf-8"), parse_constant=_refuse, object_pairs_hook=_unique)
     except UnicodeDecodeError:
         raise bad_request("the body is not UTF-8", code="invalid_json") from None
     except RecursionError:
@@ -106,6 +121,16 @@ def parse_json(body: bytes) -> Any:
         raise bad_request(
             f"the body is not JSON: {' '.join(str(error).split())[:200]}", code="invalid_json"
         ) from None
+    has_picture = isinstance(tree, dict) and any(isinstance(tree.get(name), str) for name in pictures)
+    if len(body) > MAX_JSON and not has_picture:
+        raise _too_long()
+    return tree
+
+
+def _too_long() -> ServingError:
+    return ServingError(
+        413, f"a JSON body without a picture has at most {MAX_JSON} bytes: send less", code="body_too_large"
+    )
 
 
 def check(schema: type[R], tree: Any) -> R:
@@ -145,6 +170,8 @@ def _refuse(constant: str) -> None:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > MAX_KEYS:
+        raise ValueError(f"an object has {len(pairs)} keys; at most {MAX_KEYS} are read")
     tree = dict(pairs)
     if len(tree) < len(pairs):
         names = [name for name, _ in pairs]

@@ -53,7 +53,7 @@ def router(state: State) -> APIRouter:
         "/draw", openapi_extra={"requestBody": {"content": {"application/json": {"schema": schema}}}}
     )
     async def draw(http: HttpRequest) -> Response:
-        wanted = check(DrawBody, await read_json(http, state))
+        wanted = check(DrawBody, await read_json(http, ("image", "mask")))
         n = count_candidates(wanted.num_images, wanted.num_candidates, state, "num_images")
         mailbox = Mailbox()
         job = await accept(state, n, mailbox, lambda: read(state, wanted, n), NAMES, keeps_candidates=True)

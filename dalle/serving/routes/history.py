@@ -13,6 +13,8 @@ from dalle.generation.recipe import Recipe
 from dalle.images import read_recipe
 from dalle.serving.errors import ServingError, bad_request
 from dalle.serving.history import MAX_PAGE, History, Picture
+from dalle.serving.intake import read_json
+from dalle.serving.schema import check
 from dalle.serving.state import State
 
 # A picture never changes under its id; `private`: it belongs to whoever has the key.
@@ -51,14 +53,16 @@ def router(state: State) -> APIRouter:
             raise no_picture()
         return Response(data, media_type="image/png", headers=IMMUTABLE)
 
-    @routes.patch("/history/{id}")
-    def change(id: str, body: Change) -> dict[str, Any]:
+    schema = Change.model_json_schema()
+
+    @routes.patch(
+        "/history/{id}",
+        openapi_extra={"requestBody": {"content": {"application/json": {"schema": schema}}}},
+    )
+    async def change(id: str, http: Request) -> dict[str, Any]:
         """Mark a picture as a favourite, or unmark it."""
-        with history_errors():
-            picture = history.get(id) if history.set_favourite(id, body.favourite) else None
-        if picture is None:
-            raise no_picture()
-        return listed(picture)
+        body = check(Change, await read_json(http))
+        return await run_in_threadpool(_changed, history, id, body)
 
     @routes.delete("/history/{id}", status_code=204)
     def delete(id: str) -> None:
@@ -74,6 +78,14 @@ def router(state: State) -> APIRouter:
         return await run_in_threadpool(_restored, data, history, state.pipe.model_sha256)
 
     return routes
+
+
+def _changed(history: History, id: str, body: Change) -> dict[str, Any]:
+    with history_errors():
+        picture = history.get(id) if history.set_favourite(id, body.favourite) else None
+    if picture is None:
+        raise no_picture()
+    return listed(picture)
 
 
 def listed(picture: Picture) -> dict[str, Any]:

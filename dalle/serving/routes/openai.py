@@ -33,7 +33,6 @@ from dalle.serving.intake import (
     read_mask,
     read_picture,
     usual_candidates,
-    within,
 )
 from dalle.serving.job import Drawn, Event, Failed, Job, RowDrawn, Settled
 from dalle.serving.mailbox import EventStream, Mailbox, outcome
@@ -56,7 +55,7 @@ def router(state: State, files: SignedFiles) -> APIRouter:
 
     @routes.post("/images/generations", openapi_extra=_body("application/json", GenerationBody))
     async def generate(http: HttpRequest) -> Response:
-        wanted = check(GenerationBody, await read_json(http, state))
+        wanted = check(GenerationBody, await read_json(http))
         order = OpenAIOrder.of(state, wanted)
         return await answer(http, state, files, order, lambda: read(order))
 
@@ -66,8 +65,7 @@ def router(state: State, files: SignedFiles) -> APIRouter:
             raise ServingError(
                 415, "an edit is multipart/form-data with image and prompt", code="unsupported_media_type"
             )
-        reading = http.form(max_files=4, max_fields=64, max_part_size=256_000)
-        form: FormData = await within(state.settings.body_s, reading)
+        form: FormData = await http.form(max_files=4, max_fields=64, max_part_size=256_000)
         try:
             wanted, image, mask = await read_edit(form)
         finally:
