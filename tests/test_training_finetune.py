@@ -275,6 +275,12 @@ def test_the_guide_states_the_defaults() -> None:
         assert f"| {name} | {table['epochs']} | {peak} |" in guide
 
 
+def test_a_clip_that_learns_the_pictures_chooses_among_candidates(base: Path, copy: Path) -> None:
+    assert recipe_for(base, 160).sampling.candidates == 16
+    assert recipe_for(base, 160, ["sampling.candidates=1"]).sampling.candidates == 1
+    assert recipe_for(without_clip(copy), 160).sampling.candidates is None
+
+
 @pytest.mark.parametrize("n_train", [1, 2, 3, 20])
 def test_very_few_pictures_give_a_recipe_too(base: Path, n_train: int) -> None:
     recipe = recipe_for(base, n_train, ["clip_training.epochs=1", "dvae_training.epochs=1"])

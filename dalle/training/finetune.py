@@ -41,6 +41,7 @@ MAX_PICTURES, MIN_EPOCHS = 40_000, 4
 N_VALIDATIONS = 40  # spread over a stage; it ends after `patience` of them without a better one
 WARM_UP = 0.05  # of a stage's updates
 CLIP_BATCH = 128  # pictures at most
+CANDIDATES = 16  # a picture, of which the CLIP that has learned these pictures keeps the best
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "dvae_training": {
@@ -160,9 +161,12 @@ def _trainable(recipe: Recipe) -> set[str]:
 def recipe_for(base: Path, n_train: int, settings: Sequence[str] = ()) -> Recipe:
     """Return how the model in `base` is trained on with `n_train` pictures; ValueError for settings it contradicts."""
     parts = _parts(base)
+    sampling = read_index(base / "model_index.json")[0].model_dump()
+    if "clip" in parts:
+        sampling["candidates"] = max(CANDIDATES, sampling.get("candidates") or 1)
     tree: dict[str, Any] = {
         "weights": _stored_dtype(base),
-        "sampling": read_index(base / "model_index.json")[0].model_dump(),
+        "sampling": sampling,
         **parts,
         **{
             stage: dict(table)
