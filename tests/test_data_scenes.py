@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -538,7 +539,8 @@ def test_the_command_builds_the_set(
 
 
 def test_words_of_the_fonts_are_read_back(fonts: Path) -> None:
-    pytest.importorskip("rapidocr_onnxruntime", reason="the ocr extra is not installed")
+    if not os.environ.get("DALLE_CI"):  # there it has to be installed
+        pytest.importorskip("rapidocr_onnxruntime", reason="the ocr extra is not installed")
     from dalle.data.scenes.reader import WordReader
 
     reader = WordReader()

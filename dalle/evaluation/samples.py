@@ -115,11 +115,10 @@ def _features(
 
     def compute() -> dict[str, Tensor]:
         features, classes = extract(extractor, batches, subject.advance)
-        return {"features": features} | ({} if classes is None else {"classes": classes.half()})
+        return {"features": features} | ({} if classes is None else {"classes": classes})
 
     found = subject.parts.tensors(f"features-{extractor.sha256[:8]}-{name}", compute)
-    classes = found.get("classes")
-    return found["features"], None if classes is None else classes.float()
+    return found["features"], found.get("classes")
 
 
 def _true(subject: Subject, rows: Sequence[int]) -> Iterator[Tensor]:

@@ -148,12 +148,10 @@ class Subject:
                 found.update(zip(positions, extract(network, [pictures], self.advance)[0], strict=True))
             width = len(next(iter(found.values()), torch.zeros(1)))
             return {
-                "features": torch.stack(
-                    [found.get(i, torch.zeros(width)) for i in range(len(self.pairs))]
-                ).half()
+                "features": torch.stack([found.get(i, torch.zeros(width)) for i in range(len(self.pairs))])
             }
 
-        return self.parts.tensors(f"pictures-{network.sha256[:8]}", compute)["features"].float()
+        return self.parts.tensors(f"pictures-{network.sha256[:8]}", compute)["features"]
 
     @cached_property
     def small(self) -> Thumbnails:
