@@ -32,6 +32,7 @@ MAX_RECIPE = 1_000_000  # characters of the `dalle` chunk; PNG readers stop at 1
 PIXELS_PER_TOKEN = 8  # side of the square that one image token stands for (paper §2.1)
 
 Source = Path | str | bytes | BinaryIO
+_SHADES = ((np.arange(65536) + 128) // 257).astype(np.uint8)  # 16-bit grey, rounded to 8 bits
 
 
 # Opening
@@ -149,11 +150,12 @@ def _name(source: Source) -> str:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey; converting it directly would clip, not scale
-        grey = np.asarray(image).astype(np.float64)
+        shades = _SHADES.copy()
         clear = image.info.get("transparency")
-        if isinstance(clear, int):
-            grey = np.where(grey == clear, 65535.0, grey)
-        image = Image.fromarray(np.rint(grey.clip(0, 65535) / 257).astype(np.uint8))
+        if isinstance(clear, int) and 0 <= clear < len(shades):
+            shades[clear] = 255
+        grey = np.asarray(image)
+        image = Image.fromarray(shades[grey if grey.dtype == np.uint16 else grey.clip(0, 65535)])
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image.convert("RGBA"))

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import struct
+import tracemalloc
 import warnings
 import zlib
 from pathlib import Path
@@ -531,3 +532,22 @@ def test_a_recipe_that_cannot_be_stored_is_an_error(recipe: dict[str, object], t
     with pytest.raises(ValueError, match="recipe"):
         images.save_png(noise(8, 8), tmp_path / "x.png", recipe)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_16_bit_grey_is_rounded_like_floats_and_takes_few_bytes_a_pixel() -> None:
+    """It went through float64, 40 bytes a pixel: a picture of 31 kB took half a gigabyte."""
+    every = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    expected = np.rint(every / 257).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(every).save(buffer, format="PNG")
+    assert np.array_equal(np.asarray(images.open_image(buffer.getvalue()))[..., 0], expected)
+    side = 1000
+    buffer = io.BytesIO()
+    Image.new("I;16", (side, side)).save(buffer, format="PNG")
+    tracemalloc.start()
+    try:
+        images.open_image(buffer.getvalue())
+        _, peak = tracemalloc.get_traced_memory()  # numpy's arrays; Pillow's own memory is not counted
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 * side**2

@@ -4,7 +4,10 @@ import base64
 import http.client
 import io
 import json
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from PIL import Image
 from dalle.generation.fields import FIELDS
 from dalle.generation.request import ModelDefaults
 from dalle.images import open_image, read_recipe
+from dalle.serving import intake
 from tests.live import Live, gated_pipe, live_server, parse_events
 from tests.tiny import LARGE
 
@@ -245,3 +249,29 @@ def test_the_page_is_told_ranges_and_meanings_of_all_fields(live: Live) -> None:
     fields = json.loads(live.request("GET", "/api/info")[2])["fields"]
     assert {"num_images", "num_candidates", "seed", "temperature", "top_k", "top_p", "guidance"} <= {*fields}
     assert fields["temperature"] == FIELDS["temperature"]._asdict()
+
+
+def test_few_pictures_are_decoded_at_once(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen grey pictures of 16 bits and 16 million pixels took 7.5 GB together."""
+    lock, n_now, most = threading.Lock(), 0, 0
+    opened = intake.open_image
+
+    def counted(*args: Any) -> Image.Image:
+        nonlocal n_now, most
+        with lock:
+            n_now += 1
+            most = max(most, n_now)
+        time.sleep(0.02)  # long enough for others to come
+        image = opened(*args)
+        with lock:
+            n_now -= 1
+        return image
+
+    monkeypatch.setattr(intake, "open_image", counted)
+    buffer = io.BytesIO()
+    Image.new("I;16", (64, 64)).save(buffer, format="PNG")
+    body = {"prompt": "a dog", "num_images": 1, "keep_rows": 1}
+    body["image"] = base64.b64encode(buffer.getvalue()).decode()
+    with ThreadPoolExecutor(8) as pool:
+        ends = [found[-1][0] for found in pool.map(live.events, [body] * 8)]
+    assert ends == ["settled"] * 8 and most <= 2

@@ -1,8 +1,13 @@
 """The microscope: its numbers are the model's own, its masks the model's real ones, and no other model is looked through."""
 
+import asyncio
 import io
 import math
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,6 +27,7 @@ from dalle.serving.history import History, NewPicture
 from dalle.serving.routes.microscope import Microscope
 from dalle.serving.settings import Settings
 from dalle.transformer import Transformer
+from tests.live import live_server
 from tests.tiny import GRID, N_CODES, N_TEXT, tiny_pipe, tiny_transformer
 
 T = TypeVar("T")
@@ -254,7 +260,7 @@ def test_a_deleted_picture_is_not_looked_into_again(
 def test_a_picture_is_read_once_and_on_the_models_own_thread(pipe: DallePipeline, history: History) -> None:
     n_runs = 0
 
-    def run(work: Callable[[], T]) -> T:
+    async def run(work: Callable[[], T]) -> T:
         nonlocal n_runs
         n_runs += 1
         return work()
@@ -263,9 +269,34 @@ def test_a_picture_is_read_once_and_on_the_models_own_thread(pipe: DallePipeline
     id, _ = store(history, pipe, "a red apple")
     picture = history.get(id)
     assert picture is not None
-    assert microscope.look(picture) == microscope.look(picture)
-    assert microscope.swatch(3) == microscope.swatch(3)
+
+    async def twice() -> None:
+        assert await microscope.look(picture) == await microscope.look(picture)
+        assert await microscope.swatch(3) == await microscope.swatch(3)
+
+    asyncio.run(twice())
     assert n_runs == 2
+
+
+def test_requests_that_wait_for_the_model_hold_up_no_other_and_count_as_slots(tmp_path: Path) -> None:
+    """A hundred of them took all threads, and the page waited for the model."""
+    with live_server(tmp_path, max_queue=16) as live:
+        live.pipe.gate.clear()
+        with ThreadPoolExecutor(60) as pool:
+            drawing = pool.submit(live.events, {"prompt": "a dog"})
+            assert live.pipe.at_gate.wait(30)
+            waiting = [pool.submit(live.request, "GET", f"/api/codebook/{i}.png") for i in range(55)]
+            try:
+                wait(waiting, timeout=30, return_when=FIRST_COMPLETED)  # those refused
+                start = time.monotonic()
+                assert live.request("GET", "/")[0] == 200
+                assert time.monotonic() - start < 5
+            finally:
+                live.pipe.gate.set()
+            assert drawing.result()[-1][0] == "settled"
+            codes = Counter(one.result()[0] for one in waiting)
+        assert set(codes) == {200, 503} and codes[200] >= 15, codes
+        assert live.state.queue.n_slots == 0
 
 
 def test_a_tokens_picture_is_sent_once(client: TestClient, pipe: DallePipeline) -> None:

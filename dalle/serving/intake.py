@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+import ctypes
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -59,6 +61,7 @@ async def accept(
     read: Callable[[], ImageRequest],
     names: Mapping[str, str],
     keeps_candidates: bool,
+    has_picture: bool,
 ) -> Job:
     """Reserve slots, then check the request, then queue it; slots are given back where a check fails.
 
@@ -68,17 +71,31 @@ async def accept(
         read: makes the request, decoding its pictures.
         names: what the client calls fields of an `ImageRequest` that have another name there.
         keeps_candidates: in the history, those that lost too.
+        has_picture: `read` decodes pictures: it waits until few others do.
 
     Raises:
         ServingError: 400 with the field at fault, or 503 where the queue is full.
     """
     reservation = state.queue.reserve(n_slots)
     try:
-        request = await run_in_threadpool(_checked, state, read, names)
+        if has_picture:
+            async with state.decoding:
+                request = await run_in_threadpool(_checked, state, read, names)
+                await run_in_threadpool(give_memory_back)
+        else:
+            request = await run_in_threadpool(_checked, state, read, names)
         return state.queue.submit(reservation, request, listener, keeps_candidates)
     except BaseException:
         reservation.release()
         raise
+
+
+def give_memory_back() -> None:
+    """Return what decoded pictures took to the system: glibc keeps it for each thread otherwise."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # another libc has none
+        if trim is not None:
+            trim(0)
 
 
 def _checked(state: State, read: Callable[[], ImageRequest], names: Mapping[str, str]) -> CaptionRequest:

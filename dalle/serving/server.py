@@ -9,6 +9,7 @@ import socket
 import uvicorn
 from fastapi import FastAPI
 
+from dalle.serving.connections import Connection, protocol
 from dalle.serving.queue import JobQueue
 from dalle.serving.settings import Settings
 from dalle.serving.state import State
@@ -16,6 +17,7 @@ from dalle.serving.state import State
 logger = logging.getLogger(__name__)
 
 AFTER_GRACE_S = 5  # for the streams to say goodbye
+TICKS_PER_S = 10  # of uvicorn's main loop
 BACKLOG = 2048  # connections that wait for the event loop
 
 
@@ -49,8 +51,8 @@ class Server(uvicorn.Server):
                 server_header=False,
                 proxy_headers=False,  # nobody in front is trusted to say who asks
                 lifespan="on",
-                # The guard turns requests away first, and says when to come again; this is for sockets that say nothing.
-                limit_concurrency=2 * settings.max_connections + 64,
+                http=protocol(settings),  # it bounds connections; the guard bounds requests
+                ws="none",
                 timeout_keep_alive=30,
                 timeout_graceful_shutdown=int(settings.grace_s) + AFTER_GRACE_S,
                 h11_max_incomplete_event_size=32_768,  # of a request's head
@@ -64,6 +66,14 @@ class Server(uvicorn.Server):
         await super().startup([listen(self._settings)] if sockets is None else sockets)
         if self.started:
             logger.info("dalle serves on %s (stop it with Ctrl-C)", self.url)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Once a second, end the connections whose clients are too slow; True stops the server."""
+        if counter % TICKS_PER_S == 0:
+            for connection in [*self.server_state.connections]:
+                if isinstance(connection, Connection):
+                    connection.check()
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take nothing more on, give jobs their time, then end them."""

@@ -56,8 +56,11 @@ class Settings(Config):
 
     max_body_bytes: Annotated[int, Field(ge=1024)] = 16_000_000  # of one request, base64 pictures included
     body_s: Annotated[float, Field(gt=0)] = 60.0  # for a client to send it
+    head_s: Annotated[float, Field(gt=0)] = 10.0  # for a client to send a request's head
+    send_s: Annotated[float, Field(gt=0)] = 30.0  # for a client to read some of what it is sent
     max_pixels: Annotated[int, Field(ge=1)] = 16_000_000  # of an uploaded picture
-    max_connections: Annotated[int, Field(ge=1)] = 512  # above: 503 at once
+    max_connections: Annotated[int, Field(ge=1)] = 512  # requests open at once; above: 503 at once
+    max_per_address: Annotated[int, Field(ge=1)] = 256  # connections of one address; the idle ones end first
 
     @model_validator(mode="after")
     def _fits(self) -> Settings:

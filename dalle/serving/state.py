@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from anyio import CapacityLimiter
 
 from dalle.pipeline import DallePipeline
 from dalle.serving.history import History
 from dalle.serving.queue import JobQueue
 from dalle.serving.settings import Settings
 from dalle.serving.worker import Worker
+
+N_DECODING = 2
 
 
 @dataclass(frozen=True)
@@ -20,3 +24,5 @@ class State:
     worker: Worker
     history: History
     settings: Settings
+    # Requests whose pictures are decoded now: together at most so many times `max_pixels`.
+    decoding: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(N_DECODING))

@@ -56,7 +56,8 @@ def router(state: State) -> APIRouter:
         wanted = check(DrawBody, await read_json(http, ("image", "mask")))
         n = count_candidates(wanted.num_images, wanted.num_candidates, state, "num_images")
         mailbox = Mailbox()
-        job = await accept(state, n, mailbox, lambda: read(state, wanted, n), NAMES, keeps_candidates=True)
+        has_picture = wanted.image is not None or wanted.mask is not None
+        job = await accept(state, n, mailbox, lambda: read(state, wanted, n), NAMES, True, has_picture)
         writer = PageEvents(state, job)
         return EventStream(state.queue, job, mailbox, writer.write, {"x-dalle-job": job.id})
 

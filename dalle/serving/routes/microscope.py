@@ -1,14 +1,15 @@
 """The microscope over HTTP: the cells of a stored picture, the codebook's pictures, and what each layer sees."""
 
-import functools
+import asyncio
 import math
-from collections.abc import Callable, Iterator
-from concurrent.futures import TimeoutError as FutureTimeout
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from fastapi import APIRouter, Header, Response
+from starlette.concurrency import run_in_threadpool
 
 from dalle.config import validate
 from dalle.evaluation.microscope import Reading, draw_token, masks, read_picture, visible_cells
@@ -23,38 +24,56 @@ N_READINGS = 64  # pictures whose numbers are kept: 20 kB each at a grid of 16
 N_SWATCHES = 8192  # pictures of tokens that are kept: the paper's whole codebook, under 1 kB each
 
 T = TypeVar("T")
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 class Runner(Protocol):
-    """Runs work on the thread that owns the model, and waits for its result."""
+    """Runs work on the thread that owns the model, and awaits its result."""
 
-    def __call__(self, work: Callable[[], T]) -> T:
+    async def __call__(self, work: Callable[[], T]) -> T:
         """Return what `work` returns, or raise what it raises."""
 
 
+class _Recent(Generic[K, V]):
+    """Results by key; the longest unused go first. For one event loop."""
+
+    def __init__(self, size: int, make: Callable[[K], Awaitable[V]]) -> None:
+        self._size, self._make, self._found = size, make, OrderedDict[K, V]()
+
+    async def __call__(self, key: K) -> V:
+        """Return the result of a key, made where there is none."""
+        if key not in self._found:
+            self._found[key] = await self._make(key)
+            if len(self._found) > self._size:
+                self._found.popitem(last=False)
+        self._found.move_to_end(key)
+        return self._found[key]
+
+
 class Microscope:
-    """Looks at the pictures of a history through the model that drew them; safe to use from many threads."""
+    """Looks at the pictures of a history through the model that drew them; for one event loop."""
 
     def __init__(self, pipe: DallePipeline, history: History, run: Runner) -> None:
         """`run` calls what needs the model on the thread that owns it."""
         self.pipe, self.history = pipe, history
         self._run = run
-        self._readings = functools.lru_cache(N_READINGS)(self._read)
-        self._swatches = functools.lru_cache(N_SWATCHES)(self._draw_swatch)
+        self._readings = _Recent(N_READINGS, self._read)
+        self._swatches = _Recent(N_SWATCHES, self._draw_swatch)
 
     @property
     def layers(self) -> list[dict[str, Any]]:
         """Number and mask kind of each layer of the transformer, the first first."""
         return [{"layer": layer, "mask": kind} for layer, kind in enumerate(masks(self.pipe.transformer))]
 
-    def look(self, picture: Picture) -> dict[str, Any]:
+    async def look(self, picture: Picture) -> dict[str, Any]:
         """Everything the page shows of a picture.
 
         Raises:
             ValueError: another model drew the picture: its tokens mean nothing to this one.
         """
         config = self.pipe.transformer.config
-        reading = self._readings(picture.id)
+        reading = await self._readings(picture.id)
         completion = picture.recipe.get("completion")
         given = None if completion is None else [token >= 0 for token in completion["known"]]
         return {
@@ -70,14 +89,18 @@ class Microscope:
             "vocabulary": config.n_image_vocab,
         }
 
-    def swatch(self, token: int) -> bytes:
+    async def swatch(self, token: int) -> bytes:
         """Return the PNG of a token's picture; ValueError for a token that the codebook has not."""
         n_codes = self.pipe.dvae.n_codes
         if not 0 <= token < n_codes:
             raise ValueError(f"token is {token}; the codebook has 0 to {n_codes - 1}")
-        return self._swatches(token)
+        return await self._swatches(token)
 
-    def _read(self, id: str) -> Reading:
+    async def _read(self, id: str) -> Reading:
+        prepared = await run_in_threadpool(self._prepare, id)
+        return await self._run(prepared)
+
+    def _prepare(self, id: str) -> Callable[[], Reading]:
         picture, tokens = self.history.get(id), self.history.tokens(id)
         if picture is None or tokens is None:
             raise ValueError("picture was deleted meanwhile")
@@ -89,47 +112,49 @@ class Microscope:
                 f" ({pipe.model_sha256[:12]}): serve the picture's model to look into it"
             )
         text, _ = pipe.sampler.read(recipe.caption, recipe.truncate)
-        return self._run(lambda: read_picture(pipe.transformer, text, tokens, recipe.options))
+        return lambda: read_picture(pipe.transformer, text, tokens, recipe.options)
 
-    def _draw_swatch(self, token: int) -> bytes:
-        return self._run(lambda: draw_token(self.pipe.dvae, token))
+    async def _draw_swatch(self, token: int) -> bytes:
+        return await self._run(lambda: draw_token(self.pipe.dvae, token))
 
 
 def router(state: State) -> APIRouter:
     """Return the routes /api/pictures/ID/microscope, /api/codebook and /api/masks."""
     routes = APIRouter(prefix="/api", tags=["microscope"])
 
-    def run(work: Callable[[], T]) -> T:
-        """Wait for the worker: between two batches it runs what needs the model."""
-        future = state.queue.run(work)
+    async def run(work: Callable[[], T]) -> T:
+        """Await the worker, as one slot of its queue: between two batches it runs what needs the model."""
+        reservation = state.queue.reserve(1)
         try:
-            return future.result(state.settings.deadline_s)
-        except FutureTimeout:
-            future.cancel()
+            async with asyncio.timeout(state.settings.deadline_s):
+                return await asyncio.wrap_future(state.queue.run(work))
+        except TimeoutError:
             text = "the model is busy drawing: try again later"
             raise ServingError(
                 503, text, kind="server_error", code="server_overloaded", retry_after_s=30
             ) from None
+        finally:
+            reservation.release()
 
     microscope = Microscope(state.pipe, state.history, run)
 
     @routes.get("/pictures/{id}/microscope")
-    def look(id: str) -> dict[str, Any]:
+    async def look(id: str) -> dict[str, Any]:
         """Return what the transformer says of each cell of a picture."""
         with history_errors():
-            picture = state.history.get(id)
+            picture = await run_in_threadpool(state.history.get, id)
             if picture is None:
                 raise no_picture()
-            return microscope.look(picture)
+            return await microscope.look(picture)
 
     @routes.get("/codebook/{token}.png")
-    def swatch(token: int, if_none_match: str | None = Header(None)) -> Response:
+    async def swatch(token: int, if_none_match: str | None = Header(None)) -> Response:
         """Return what a token looks like among its like."""
         headers = {"ETag": f'"{state.pipe.model_sha256[:16]}-{token}"', "Cache-Control": "private, no-cache"}
         with not_found():
             if if_none_match == headers["ETag"] and 0 <= token < state.pipe.dvae.n_codes:
                 return Response(status_code=304, headers=headers)
-            return Response(microscope.swatch(token), media_type="image/png", headers=headers)
+            return Response(await microscope.swatch(token), media_type="image/png", headers=headers)
 
     @routes.get("/masks/{layer}/{cell}")
     def mask(layer: int, cell: int) -> dict[str, Any]:

@@ -283,7 +283,8 @@ async def answer(
     n_rows = state.pipe.dvae.grid_size
     rows = [round(n_rows * (i + 1) / (order.n_partial + 1)) - 1 for i in range(order.n_partial)]
     mailbox = Mailbox(rows, n_shown=1)
-    job = await accept(state, order.n_candidates, mailbox, prepare, NAMES, keeps_candidates=False)
+    has_picture = isinstance(order.wanted, EditBody)
+    job = await accept(state, order.n_candidates, mailbox, prepare, NAMES, False, has_picture)
     headers = {"x-dalle-job": job.id, "x-dalle-truncated": str(job.request.truncation is not None).lower()}
     writer = OpenAIEvents(state, files, order, job, str(http.base_url).rstrip("/"))
     if order.is_stream:
