@@ -1,6 +1,7 @@
 """The history: nothing accepted is lost to a kill, pages stand still, and a PNG that is dropped on it does no harm."""
 
 import base64
+import contextlib
 import io
 import json
 import os
@@ -11,10 +12,12 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from fastapi.testclient import TestClient
@@ -22,6 +25,7 @@ from PIL import Image, PngImagePlugin
 
 from dalle.images import read_recipe, save_png
 from dalle.pipeline import DallePipeline
+from dalle.serving import history as module
 from dalle.serving.app import create_app
 from dalle.serving.history import FILE, SCHEMA, History, NewPicture
 from dalle.serving.settings import Settings
@@ -321,6 +325,37 @@ def test_a_full_disk_is_an_os_error_and_keeps_nothing_of_the_job(history: Histor
     history.add([new("again")], "job")
 
 
+def test_a_locked_file_delays_drawing_little_and_loses_no_picture(history: History) -> None:
+    """It held the thread that draws for ten seconds, and the pictures were gone."""
+    other = sqlite3.connect(history.path, isolation_level=None)
+    with contextlib.closing(other):
+        other.execute("BEGIN IMMEDIATE")
+        start = time.monotonic()
+        [id] = history.keep([new("held")], "job")
+        assert time.monotonic() - start < 5
+        assert history.png(id) == b"held" * 10 and captions(history) == []
+        other.execute("ROLLBACK")
+    history.keep([new("later")], "job 2")
+    assert sorted(captions(history)) == ["held", "later"] and history.png(id) == b"held" * 10
+
+
+def test_what_is_held_in_memory_is_bounded(history: History, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "HELD_BYTES", 100)
+    with monkeypatch.context() as patch:
+        patch.setattr(history, "add", Mock(side_effect=OSError("full")))
+        ids = [history.keep([new(png=b"x" * 60)], "job")[0] for _ in range(3)]
+    assert [history.png(id) is not None for id in ids] == [False, False, True]
+
+
+def make_overwritten(file: Path) -> None:
+    history = History(file.parent)
+    history.add([new(png=b"x" * 60_000)], "job")
+    history.close()
+    data = bytearray(file.read_bytes())
+    data[4096 * 6 : 4096 * 8] = b"\xff" * 8192
+    file.write_bytes(data)
+
+
 def make_foreign(file: Path) -> None:
     connection = sqlite3.connect(file)
     connection.execute("CREATE TABLE bookmarks (url)")
@@ -344,6 +379,7 @@ def make_cut(file: Path) -> None:
     [
         (lambda file: file.write_bytes(b"hello" * 1000), "history cannot be read"),
         (make_cut, "history cannot be"),
+        (make_overwritten, "history cannot be read"),
         (make_foreign, "not a history of dalle"),
         (make_newer, "update dalle"),
     ],

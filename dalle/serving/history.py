@@ -11,6 +11,7 @@ A job's *candidates* that were not kept stay for a day, so that the page can ran
 import contextlib
 import hashlib
 import json
+import logging
 import math
 import secrets
 import sqlite3
@@ -19,6 +20,7 @@ import threading
 import time
 import unicodedata
 from array import array
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +29,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
 FILE = "history.sqlite"
 SCHEMA = 1  # of the tables below; a file with a higher one was written by a newer dalle
 APPLICATION = 0x44414C45  # "DALE": tells our file from any other SQLite file
 CANDIDATE_SECONDS = 86_400.0  # candidates live for a day
 CANDIDATE_BYTES = 512 * 1024 * 1024  # of PNGs not kept, all jobs; the oldest jobs' go first
+HELD_BYTES = 256 * 1024 * 1024  # of PNGs in memory, while the file cannot be written
+HURRIED_SECONDS = 0.5  # wait of the thread that draws
 BUSY_SECONDS = 10.0  # wait for a second server on the same folder before giving up
 ID_BYTES = 16  # 128 random bits: ids cannot be guessed, and tell nothing about their neighbours
 MAX_PAGE = 200  # pictures of one page of the listing
@@ -121,7 +127,10 @@ class History:
         self.path = folder / FILE
         self._candidate_bytes = candidate_bytes
         self._candidate_seconds = candidate_seconds
-        self._write_lock, self._read_lock = threading.Lock(), threading.Lock()
+        self._write_lock, self._read_lock, self._held_lock = (threading.Lock() for _ in range(3))
+        self._held = deque[
+            tuple[Sequence[NewPicture], list[str], str]
+        ]()  # pictures, ids and job, not stored yet
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with contextlib.ExitStack() as undo:
             try:
@@ -143,19 +152,60 @@ class History:
 
     # Adding and reading
 
-    def add(self, pictures: Sequence[NewPicture], job: str) -> list[str]:
-        """Store the pictures of a job, all or none; return their new ids in the order given."""
+    def add(
+        self,
+        pictures: Sequence[NewPicture],
+        job: str,
+        ids: list[str] | None = None,
+        busy_s: float = BUSY_SECONDS,
+    ) -> list[str]:
+        """Store the pictures of a job, all or none, under new or given ids; return these in the order given.
+
+        Waits `busy_s` seconds at most for another process that writes.
+        """
         now = time.time()
-        ids = [secrets.token_urlsafe(ID_BYTES) for _ in pictures]
+        ids = [_new_id() for _ in pictures] if ids is None else ids
         rows = [_row(picture, id, job, now) for picture, id in zip(pictures, ids, strict=True)]
         rows.sort(key=lambda row: -int(row["rank"]))  # newest first then lists the best of a job first
-        with self._writing() as connection:
+        with self._writing(busy_s) as connection:
             connection.executemany(_INSERT, rows)
             self._drop_candidates(connection, now)
         return ids
 
+    def keep(self, pictures: Sequence[NewPicture], job: str) -> list[str]:
+        """As `add`, but while the file cannot be written the pictures stay in memory, and are added later.
+
+        They are not listed meanwhile, and the oldest are given up above `HELD_BYTES`; the log says so.
+        """
+        with self._held_lock:
+            try:
+                while self._held:
+                    held, ids, held_job = self._held[0]
+                    self.add(held, held_job, ids, HURRIED_SECONDS)
+                    self._held.popleft()
+                return self.add(pictures, job, None, HURRIED_SECONDS)
+            except OSError as error:
+                ids = [_new_id() for _ in pictures]
+                self._held.append((pictures, ids, job))
+                n_lost = 0
+                while len(self._held) > 1 and self._n_held_bytes() > HELD_BYTES:
+                    n_lost += len(self._held.popleft()[0])
+                logger.error(
+                    "%s: the pictures of %d jobs are kept in memory until it can be written; %d were given up",
+                    error,
+                    len(self._held),
+                    n_lost,
+                )
+                return ids
+
+    def _n_held_bytes(self) -> int:
+        return sum(len(picture.png) for pictures, _, _ in self._held for picture in pictures)
+
     def png(self, id: str) -> bytes | None:
         """Return the PNG of a picture, or None when there is none of that id."""
+        for pictures, ids, _ in [*self._held]:
+            if id in ids:
+                return pictures[ids.index(id)].png
         row = self._one("SELECT png FROM pictures WHERE id = ?", id)
         return None if row is None else bytes(row[0])
 
@@ -259,6 +309,9 @@ class History:
         if self._is_new():
             connection.execute("PRAGMA auto_vacuum=FULL")  # what is deleted gives its disk space back
         connection.execute("PRAGMA journal_mode=WAL")
+        (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+        if found != "ok":
+            raise sqlite3.DatabaseError(" ".join(str(found).split()))
         with self._writing():
             if self._is_new():  # of two servers that start at once, one makes the tables
                 for statement in _TABLES.split(";\n"):
@@ -287,9 +340,10 @@ class History:
         )
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
+    def _writing(self, busy_s: float = BUSY_SECONDS) -> Iterator[sqlite3.Connection]:
         """One transaction: all of it is on the disk at the end, or nothing."""
         with self._write_lock, self._failing_clearly():
+            self._writer.execute(f"PRAGMA busy_timeout={round(1000 * busy_s)}")
             self._writer.execute("BEGIN IMMEDIATE")
             try:
                 yield self._writer
@@ -320,6 +374,10 @@ class History:
 
 _FIELDS = "id, job, created_at, caption, folded, seed, score, rank, kept, n_bytes, recipe_sha256, recipe, tokens, png"
 _INSERT = f"INSERT INTO pictures ({_FIELDS}) VALUES ({', '.join(f':{name}' for name in _FIELDS.split(', '))})"
+
+
+def _new_id() -> str:
+    return secrets.token_urlsafe(ID_BYTES)
 
 
 def _row(picture: NewPicture, id: str, job: str, now: float) -> dict[str, Any]:

@@ -219,7 +219,7 @@ class Worker:
         new = [self._picture(job, index, rank) for rank, index in enumerate(order)]
         if job.is_over:
             return
-        ids = self.history.add(new, job.id)
+        ids = self.history.keep(new, job.id)
         pictures = tuple(
             Drawn(
                 index=index,
