@@ -175,7 +175,7 @@ def test_the_models_are_listed_and_others_are_not_found(client: openai.OpenAI) -
         ({"output_format": "jpeg", "output_compression": 101}, "output_compression", "invalid_value"),
         ({"partial_images": 2}, "partial_images", None),
         ({"stream": True, "partial_images": 4}, "partial_images", "invalid_value"),
-        ({"seed": -1}, "seed", "invalid_value"),
+        ({"seed": -2}, "seed", "invalid_value"),
         ({"seed": 2**63}, "seed", "invalid_value"),
         ({"seed": int("9" * 400)}, "seed", "invalid_value"),
         ({"seed": 2**63 - 1, "n": 2, "num_candidates": 2}, "seed", "invalid_value"),
@@ -421,3 +421,35 @@ def test_a_picture_of_a_mixed_batch_can_be_drawn_again_from_its_recipe(
             assert agrees
             others = set(Recipe.model_validate(recipe).batch.captions) - {recipe["caption"]}
             assert others <= {""}, "what others asked for is nobody's business"
+
+
+def test_a_seed_of_minus_one_is_none(client: openai.OpenAI) -> None:
+    seeds = {
+        client.images.generate(prompt="a dog", extra_body={"seed": -1}).data[0].seed  # type: ignore[index, attr-defined]
+        for _ in range(3)
+    }
+    assert len(seeds) == 3
+
+
+def test_settings_of_other_kinds_of_models_are_ignored_by_name(client: openai.OpenAI) -> None:
+    more = {"num_inference_steps": 20, "scheduler": "ddim"}
+    answer = client.images.with_raw_response.generate(prompt="a dog", extra_body=more)
+    assert answer.headers["x-dalle-ignored"] == "num_inference_steps, scheduler"
+    edit = client.images.with_raw_response.edit(
+        image=picture(clear=(0, 0, 8, 8)), prompt="a dog", extra_body={"steps": 20}
+    )
+    assert edit.headers["x-dalle-ignored"] == "steps"
+    with pytest.raises(openai.BadRequestError, match="unknown parameter: stepz"):
+        client.images.generate(prompt="a dog", extra_body={"stepz": 1})
+
+
+def test_an_address_answers_head_and_other_pages_may_show_it(client: openai.OpenAI, live: Live) -> None:
+    answer = client.images.generate(prompt="a dog", response_format="url")
+    path = answer.data[0].url.removeprefix(live.url)  # type: ignore[index, union-attr]
+    status, headers, body = live.request("HEAD", path)
+    assert (status, body) == (200, b"") and headers["content-type"] == "image/png"
+    assert headers["cross-origin-resource-policy"] == "cross-origin"
+    cross = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"}
+    assert live.request("GET", path, None, cross)[0] == 200
+    assert live.request("GET", "/api/info", None, cross)[0] == 403
+    assert live.request("GET", "/v1/models/")[0] == live.request("GET", "/v1/models")[0] == 200

@@ -76,7 +76,7 @@ class Guard:
                 has_started = True
                 headers = MutableHeaders(raw=message.setdefault("headers", []))
                 for name, value in SAFE_HEADERS.items():
-                    headers[name] = value
+                    headers.setdefault(name, value)
                 headers["x-request-id"] = request_id
                 headers.setdefault("cache-control", "no-store")
                 self._metrics.responses.labels(str(message["status"])).inc()
@@ -107,7 +107,9 @@ class Guard:
         """Raise the ServingError of a request that is not answered."""
         headers, path = Headers(scope=scope), scope["path"]
         host = self._check_host(headers)
-        self._check_origin(headers, host)
+        is_given_out = scope["method"] in ("GET", "HEAD") and self._files.read(path) is not None
+        if not is_given_out:
+            self._check_origin(headers, host)
         if path in OPEN:
             return
         if self._n_open > self._settings.max_connections:
@@ -119,7 +121,7 @@ class Guard:
                 code="server_overloaded",
                 retry_after_s=1,
             )
-        if self._key_hash is None or self._has_key(headers) or self._files.read(path) is not None:
+        if self._key_hash is None or self._has_key(headers) or is_given_out:
             return
         raise ServingError(
             401,

@@ -32,6 +32,21 @@ BASE64 = bytes(range(48, 58)) + bytes(range(65, 91)) + bytes(range(97, 123)) + b
 MAX_PROMPT = 32_000  # characters, OpenAI's limit; how many tokens the model reads is checked later
 
 Prompt = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT, description=FIELDS["prompt"].help)]
+ANY_SEED = -1  # what other programs send for "no seed"
+AnySeed = Literal[-1]
+# Settings of other kinds of models that their clients send along; nothing here corresponds to them.
+HARMLESS = frozenset(
+    (
+        "num_inference_steps",
+        "steps",
+        "sampler",
+        "sampler_name",
+        "scheduler",
+        "clip_skip",
+        "n_iter",
+        "batch_size",
+    )
+)
 Truncate = Annotated[bool, Field(description=FIELDS["truncate"].help)]
 Ignored = Annotated[str, Field(max_length=1000)] | None
 
@@ -68,7 +83,7 @@ class OpenAIImageBody(Config):
     stream: bool | None = None
     partial_images: Annotated[int, Field(ge=0, le=3)] | None = None
     # ours
-    seed: Seed | None = None
+    seed: Seed | AnySeed | None = None
     temperature: Temperature | None = None
     top_k: TopK | None = None
     top_p: TopP | None = None
@@ -92,6 +107,14 @@ class EditBody(OpenAIImageBody):
 
     keep_rows: KeepRows | None = None  # ours: in place of a mask
     input_fidelity: Literal["low", "high"] | None = None  # ignored
+
+
+def without_harmless(tree: Any) -> tuple[Any, tuple[str, ...]]:
+    """Return a request without the fields that change nothing here, and their names."""
+    if not isinstance(tree, dict):
+        return tree, ()
+    ignored = tuple(sorted(HARMLESS & tree.keys()))
+    return {name: value for name, value in tree.items() if name not in HARMLESS}, ignored
 
 
 R = TypeVar("R", bound=Config)

@@ -36,7 +36,15 @@ from dalle.serving.intake import (
 )
 from dalle.serving.job import Drawn, Event, Failed, Job, RowDrawn, Settled
 from dalle.serving.mailbox import EventStream, Mailbox, outcome
-from dalle.serving.schema import EditBody, GenerationBody, OpenAIImageBody, as_error, check
+from dalle.serving.schema import (
+    ANY_SEED,
+    EditBody,
+    GenerationBody,
+    OpenAIImageBody,
+    as_error,
+    check,
+    without_harmless,
+)
 from dalle.serving.state import State
 
 # Candidates of each request; CLIP keeps the best n. More candidates is what quality means here.
@@ -55,8 +63,8 @@ def router(state: State, files: SignedFiles) -> APIRouter:
 
     @routes.post("/images/generations", openapi_extra=_body("application/json", GenerationBody))
     async def generate(http: HttpRequest) -> Response:
-        wanted = check(GenerationBody, await read_json(http))
-        order = OpenAIOrder.of(state, wanted)
+        tree, ignored = without_harmless(await read_json(http))
+        order = OpenAIOrder.of(state, check(GenerationBody, tree), ignored=ignored)
         return await answer(http, state, files, order, lambda: read(order))
 
     @routes.post("/images/edits", openapi_extra=_edit_body())
@@ -67,15 +75,16 @@ def router(state: State, files: SignedFiles) -> APIRouter:
             )
         form: FormData = await http.form(max_files=4, max_fields=64, max_part_size=256_000)
         try:
-            wanted, image, mask = await read_edit(form)
+            wanted, image, mask, ignored = await read_edit(form)
         finally:
             await form.close()
-        order = OpenAIOrder.of(state, wanted, "image_edit")
+        order = OpenAIOrder.of(state, wanted, "image_edit", ignored)
         return await answer(
             http, state, files, order, lambda: read_completion(state, order, wanted.keep_rows, image, mask)
         )
 
     @routes.get("/models")
+    @routes.get("/models/", include_in_schema=False)
     def models() -> dict[str, Any]:
         return {"object": "list", "data": [_model(state.pipe, started_at)]}
 
@@ -85,13 +94,15 @@ def router(state: State, files: SignedFiles) -> APIRouter:
         return _model(state.pipe, started_at)
 
     @routes.get("/images/files/{name}")
+    @routes.head("/images/files/{name}", include_in_schema=False)
     def file(name: str) -> Response:
         found = files.read(PREFIX + name)
         png = None if found is None else state.history.png(found[0])
         if found is None or png is None:
             raise ServingError(404, "there is no such picture, or its address has expired", code="not_found")
         look, age = found[1], state.settings.url_s
-        headers = {"cache-control": f"private, max-age={age}"}
+        # The address is the credential: whoever was given it may show the picture in a page of their own.
+        headers = {"cache-control": f"private, max-age={age}", "cross-origin-resource-policy": "cross-origin"}
         picture = open_image(png)
         # A PNG at the model's own size goes out as it is, with its recipe inside.
         data = png if look.format == "png" and look.side == picture.width else encode(picture, None, look)
@@ -113,9 +124,16 @@ class OpenAIOrder:
     gives_url: bool
     is_stream: bool
     n_partial: int
+    ignored: tuple[str, ...] = ()  # fields that change nothing here, as they were sent
 
     @classmethod
-    def of(cls, state: State, wanted: OpenAIImageBody, event: str = "image_generation") -> OpenAIOrder:
+    def of(
+        cls,
+        state: State,
+        wanted: OpenAIImageBody,
+        event: str = "image_generation",
+        ignored: tuple[str, ...] = (),
+    ) -> OpenAIOrder:
         """ServingErrors for a model that is not here, a size, a format or numbers that it does not give."""
         if wanted.model is not None:
             check_model(state.pipe, wanted.model)
@@ -137,6 +155,7 @@ class OpenAIOrder:
             gives_url=wanted.response_format == "url" and not wanted.stream,
             is_stream=bool(wanted.stream),
             n_partial=wanted.partial_images or 0,
+            ignored=ignored,
         )
 
     @property
@@ -205,7 +224,7 @@ def read(
         wanted.prompt,
         num_images_per_prompt=order.n_images,
         num_candidates=order.n_candidates,
-        seed=wanted.seed,
+        seed=None if wanted.seed == ANY_SEED else wanted.seed,
         temperature=wanted.temperature,
         top_k=wanted.top_k,
         top_p=wanted.top_p,
@@ -241,8 +260,8 @@ def read_completion(
     return read(order, picture, keep_rows, hole)
 
 
-async def read_edit(form: FormData) -> tuple[EditBody, bytes, bytes | None]:
-    """Fields, image and mask of a form; text fields are read as what they mean."""
+async def read_edit(form: FormData) -> tuple[EditBody, bytes, bytes | None, tuple[str, ...]]:
+    """Fields, image, mask and ignored fields of a form; text fields are read as what they mean."""
     tree, uploads = dict[str, str](), dict[str, bytes]()
     for name, value in form.multi_items():
         name = name.removesuffix("[]")
@@ -263,10 +282,11 @@ async def read_edit(form: FormData) -> tuple[EditBody, bytes, bytes | None]:
     if "image" not in uploads:
         raise bad_request("image is missing", "image", "missing_required_parameter")
     try:
-        wanted = EditBody.model_validate(tree, strict=False)  # a form holds nothing but text
+        fields, ignored = without_harmless(tree)
+        wanted = EditBody.model_validate(fields, strict=False)  # a form holds nothing but text
     except ValidationError as error:
         raise as_error(error) from None
-    return wanted, uploads["image"], uploads.get("mask")
+    return wanted, uploads["image"], uploads.get("mask"), ignored
 
 
 # --- Answers ------------------------------------------------------------------------------------------------
@@ -286,6 +306,8 @@ async def answer(
     has_picture = isinstance(order.wanted, EditBody)
     job = await accept(state, order.n_candidates, mailbox, prepare, NAMES, False, has_picture)
     headers = {"x-dalle-job": job.id, "x-dalle-truncated": str(job.request.truncation is not None).lower()}
+    if order.ignored:
+        headers["x-dalle-ignored"] = ", ".join(order.ignored)
     writer = OpenAIEvents(state, files, order, job, str(http.base_url).rstrip("/"))
     if order.is_stream:
         return EventStream(state.queue, job, mailbox, writer.write, headers)
