@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 
 from dalle.generation.request import CaptionRequest, ImageRequest, InvalidRequest
@@ -22,14 +23,20 @@ from dalle.serving.state import State
 
 
 async def read_json(http: HttpRequest, pictures: Sequence[str] = ()) -> Any:
-    """Return a JSON body; ServingErrors for another type, too many bytes, and what is no JSON, see `parse_json`."""
+    """Return a JSON body; ServingErrors for another type, too many bytes, and what is no JSON, see `parse_json`.
+
+    Raises ClientDisconnect for a client that left while its body was parsed: it must not take a place in the queue.
+    """
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     # Also what stops other sites: a page may send plain text anywhere without asking, but not JSON.
     if kind != "application/json":
         raise ServingError(
             415, "the body must be JSON: send content-type: application/json", code="unsupported_media_type"
         )
-    return await run_in_threadpool(parse_json, await http.body(), pictures)
+    tree = await run_in_threadpool(parse_json, await http.body(), pictures)
+    if await http.is_disconnected():
+        raise ClientDisconnect
+    return tree
 
 
 def count_candidates(n_images: int, n_candidates: int | None, state: State, name: str) -> int:
