@@ -4,7 +4,7 @@
 #   benchmarks/release.sh [STAGE...]     data, tokens, decoder, transformer, clip, bundle; all of them if none is named
 #
 # Each stage is one command that goes on where it was stopped; what is finished is kept. DALLE_RUNS is where everything
-# lies (default ~/.cache/dalle-runs/release, 4 GB), DALLE a command that starts dalle. The stages use folders of their own, so that a
+# lies (default ~/.cache/dalle-runs/release), DALLE a command that starts dalle. The stages use folders of their own, so that a
 # later one can be settled anew without its forerunners.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -19,7 +19,7 @@ data() {
     [ -e "$runs/scenes/metadata.jsonl" ] || $dalle data scenes "$runs/art" --out "$runs/scenes" --n 40000
 }
 
-# Of the scenes each epoch sees 0.3, which is as many pictures as two epochs in three see of the art.
+# An epoch sees three scenes in ten, beside the art set's pictures.
 train() { # FOLDER OPTION...
     local folder=$1
     shift

@@ -88,6 +88,12 @@ class TokenizerConfig(Config):
     space_tokens: bool
 
 
+def fingerprint_of(tokenizer_json: str, config: Config) -> str:
+    """Return the sha256 (hexadecimal) of a tokenizer's JSON and its config, whatever their spacing."""
+    contents = {"tokenizer": json.loads(tokenizer_json), "config": config.model_dump(mode="json")}
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+
+
 class Tokenizer:
     """Turn a caption into BPE ids and back; every Unicode text has ids, and none is unknown.
 
@@ -170,8 +176,7 @@ class Tokenizer:
     @property
     def fingerprint(self) -> str:
         """Return the sha256 (hexadecimal) of tokenizer.json and the config, whatever their spacing."""
-        contents = {"tokenizer": json.loads(self._json), "config": self.config.model_dump(mode="json")}
-        return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+        return fingerprint_of(self._json, self.config)
 
     def normalize(self, caption: str) -> str:
         """Return the caption as the model reads it: NFC, lower case, single spaces, stripped ends."""

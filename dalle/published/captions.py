@@ -6,7 +6,6 @@ merges are followed by id. Both are one JSON file here; what stands before and a
 
 from __future__ import annotations
 
-import hashlib
 import html
 import json
 import os
@@ -23,6 +22,7 @@ from pydantic import Field
 
 from dalle.config import Config, validate
 from dalle.files import read_json, write_bytes, write_json
+from dalle.tokenizer import fingerprint_of
 
 WORD_START = "▁"  # begins every word of YouTokenToMe
 SPACES = " \t\n\v\f\r" + WORD_START
@@ -117,8 +117,7 @@ class CaptionTokenizer:
     @property
     def fingerprint(self) -> str:
         """Return the sha256 (hexadecimal) of the tokenizer and its config."""
-        contents = {"tokenizer": json.loads(self._json), "config": self.config.model_dump(mode="json")}
-        return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+        return fingerprint_of(self._json, self.config)
 
     def count(self, caption: str) -> int:
         """Return the number of ids of a caption, whatever the limit."""
